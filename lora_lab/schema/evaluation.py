@@ -1,0 +1,46 @@
+"""What a trained (or untouched) model is scored on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lora_lab.schema.section import Count, Names, Natural, Section, Seed
+
+
+class SkillsTasks(Section):
+    """Multiple-choice tasks made like `data=skills`: over skills that are trained on, and over skills never trained on."""
+
+    documents: Count
+    seed: Seed
+
+
+class ProseTasks(Section):
+    """Perplexity and 4-way sentence completion on a text every Python carries (`pydoc_data.topics`).
+
+    The text changes with the Python version; its SHA-256 is in the trial's identities."""
+
+    perplexity_tokens: Count
+    completion_documents: Count
+    seed: Seed
+
+
+class Evaluation(Section):
+    """Held-out loss and exact match, and lm-eval tasks by name.
+
+    batch_size: lm-eval's scores depend on the batch shape, so it is fixed and recorded. mirror: a folder of official
+    benchmark rows with a MANIFEST.csv. include_path: a folder of the user's own task YAML files.
+    limit and num_fewshot: null is the task's own.
+    """
+
+    heldout: bool
+    tasks: Names
+    engine: Literal["stock"]
+    batch_size: Count
+    limit: Count | None
+    num_fewshot: Natural | None
+    apply_chat_template: bool
+    bootstrap_iters: Natural
+    mirror: str | None
+    include_path: str | None
+    skills: SkillsTasks
+    prose: ProseTasks
