@@ -1,0 +1,100 @@
+"""The optimizers by name: torch's and bitsandbytes', looked up in one plain table."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lora_lab.schema.optimization import Adam, Lion, Optimizer, Sgd
+
+Parameters = list[nn.Parameter]
+
+
+def _adamw(settings: Adam, parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters, lr=rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+
+
+def _sgd(settings: Sgd, parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        parameters,
+        lr=rate,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _bitsandbytes_adam(
+    kind: Callable[..., torch.optim.Optimizer],
+) -> Callable[[Adam, Parameters, float], torch.optim.Optimizer]:
+    def build(settings: Adam, parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+        return kind(parameters, lr=rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+
+    return build
+
+
+def _lion(settings: Lion, parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+    lion: torch.optim.Optimizer = bitsandbytes.optim.Lion(
+        parameters, lr=rate, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    return lion
+
+
+OPTIMIZERS: dict[str, Callable[[Any, Parameters, float], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "adamw8bit": _bitsandbytes_adam(bitsandbytes.optim.AdamW8bit),
+    "paged_adamw": _bitsandbytes_adam(bitsandbytes.optim.PagedAdamW32bit),
+    "paged_adamw8bit": _bitsandbytes_adam(bitsandbytes.optim.PagedAdamW8bit),
+    "lion": _lion,
+}
+
+
+def build_optimizer(
+    settings: Optimizer, parameters: Iterable[nn.Parameter], *, learning_rate: float
+) -> torch.optim.Optimizer:
+    """The optimizer of a trial over its trainable parameters, in one group."""
+    # bitsandbytes warns once per tensor that paging needs CUDA; `optimizer_facts` records it instead.
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    return OPTIMIZERS[settings.kind](settings, list(parameters), learning_rate)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, multiplier: Callable[[int], float]) -> LambdaLR:
+    """Scales the peak rate by `multiplier(step)`, steps counted from 0."""
+    return LambdaLR(optimizer, multiplier)
+
+
+def optimizer_facts(optimizer: torch.optim.Optimizer, *, device: torch.device) -> dict[str, Any]:
+    """What really runs: the class, and whether its states live in paged memory (CUDA only)."""
+    asked = bool(getattr(optimizer, "is_paged", False))
+    kind = type(optimizer)
+    facts: dict[str, Any] = {
+        "class": f"{kind.__module__.split('.')[0]}.{kind.__name__}",
+        "paging": "active" if asked and device.type == "cuda" else "off",
+    }
+    if asked and device.type != "cuda":
+        facts["paging"] = f"asked for, not active on {device.type}: states are ordinary memory"
+    return facts
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all state tensors, shared ones (bitsandbytes' code books) counted once. Empty before the first step."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _state_tensors(optimizer)
+    }
+    return sum(storages.values())
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                yield value

@@ -1,0 +1,89 @@
+"""Gradient checkpointing: activations are kept once per segment of layers and recomputed in the backward pass.
+
+Always non-reentrant. Segments of one layer are transformers' own; longer ones (every k layers; about sqrt(L) of them is
+the classic choice, Chen et al. 2016, arXiv 1604.06174) are made here, by letting the first layer of a segment run all of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_lab.errors import InputError, Problem
+
+
+def segment_layers(mode: str | int, num_layers: int) -> int | None:
+    """Layers per segment for a setting of `training.gradient_checkpointing`; None where nothing is checkpointed.
+
+    Raises:
+        InputError: more layers per segment than the model has.
+    """
+    if mode == "off":
+        return None
+    if mode == "every_layer":
+        return 1
+    if mode == "sqrt":
+        return max(1, round(math.sqrt(num_layers)))
+    layers = int(mode)
+    if layers > num_layers:
+        raise InputError(
+            Problem("training.gradient_checkpointing", f"must be <= {num_layers}, the model's layers, got {layers}")
+        )
+    return layers
+
+
+def enable_checkpointing(model: nn.Module, mode: str | int) -> None:
+    """Sets up checkpointing on a causal LM of transformers (or a PeftModel around one), to be trained.
+
+    Raises:
+        InputError: segments of several layers on a model whose layers differ in kind (their inputs differ too).
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    size = segment_layers(mode, base.config.num_hidden_layers)
+    if size is None:
+        return
+    if size == 1:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return
+    if len(set(getattr(base.config, "layer_types", None) or ["same"])) > 1:
+        raise InputError(
+            Problem("training.gradient_checkpointing", f"layers of {base.config.model_type} differ; use every_layer")
+        )
+    layers = list(_decoder_layers(base))
+    for start in range(0, len(layers), size):
+        _join(layers[start : start + size])
+
+
+def _decoder_layers(base: Any) -> nn.ModuleList:
+    for module in base.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == base.config.num_hidden_layers:
+            return module
+    raise InputError(Problem("training.gradient_checkpointing", f"no list of layers found in {type(base).__name__}"))
+
+
+def _join(segment: Sequence[nn.Module]) -> None:
+    """The first layer's forward runs the segment under one checkpoint; the others pass their input on."""
+    first, *rest = segment
+    forwards: list[Callable[..., Tensor]] = [layer.forward for layer in segment]
+
+    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for forward in forwards:
+            hidden = forward(hidden, *args, **kwargs)
+        return hidden
+
+    def run_checkpointed(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not first.training:
+            return run(hidden, *args, **kwargs)
+        result: Tensor = checkpoint(run, hidden, *args, use_reentrant=False, **kwargs)
+        return result
+
+    def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+    first.forward = run_checkpointed
+    for layer in rest:
+        layer.forward = pass_on

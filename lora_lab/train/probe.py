@@ -1,0 +1,57 @@
+"""Peak allocated memory on a CPU: one step on the longest micro-batch, counted tensor by tensor, then undone.
+
+The step is left out of time, speed and the log: weights are restored, optimizer state is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab.data.batches import collate
+from lora_lab.memory.live_bytes import LiveBytes, model_tensors
+from lora_lab.models.loss_token_logits import loss_token_logits
+from lora_lab.train.loop import accumulate, clip
+from lora_lab.train.member import Member
+
+
+def probe_peak_bytes(model: nn.Module, member: Member, *, pad_id: int, device: torch.device) -> int:
+    """Live bytes at the peak of a step as it is from the second one on: weights, optimizer state, gradients, activations.
+
+    With several micro-batches a step the gradients of the earlier ones are alive already; so they are here.
+    """
+    model.train()
+    weights = [parameter.detach().clone() for parameter in member.parameters]
+    optimizer = member.build_optimizer(member.parameters)
+    try:
+        _zero_gradients(member)
+        optimizer.step()  # creates the state
+        if len(member.batches.step(0)) == 1:
+            optimizer.zero_grad(set_to_none=True)
+        batch = collate([member.examples[index] for index in member.batches.longest_micro_batch()], pad_id, device)
+        baseline = [*model_tensors(model), *_gradients(member), *_states(optimizer)]
+        with LiveBytes(baseline) as counter, loss_token_logits(model) as head:
+            accumulate(member, head, [batch], loss_tokens=int(batch.loss_mask.sum()))
+            clip(member)
+            optimizer.step()
+        return counter.peak_bytes
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter, weight in zip(member.parameters, weights, strict=True):
+                parameter.copy_(weight)
+
+
+def _zero_gradients(member: Member) -> None:
+    for parameter in member.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _gradients(member: Member) -> Iterable[Tensor]:
+    return [parameter.grad for parameter in member.parameters if parameter.grad is not None]
+
+
+def _states(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
