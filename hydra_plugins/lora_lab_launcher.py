@@ -64,16 +64,17 @@ class LabSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
+        self.max_runs = config.max_runs
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from lora_lab.app.session import active_session
+        from lora_lab.app.overrides import expand
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         swept = [f"{key}={value}" for key, value in self.params.items()]
-        points = active_session().expand(parser.parse_overrides(swept + arguments))
+        points = expand(parser.parse_overrides(swept + arguments), max_runs=self.max_runs)
         returns = self.launcher.launch(points, initial_job_idx=0)
         for one in returns:
             _ = one.return_value  # raises what the job raised

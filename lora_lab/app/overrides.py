@@ -88,12 +88,14 @@ def _content_problems(override: Override, *, multirun: bool) -> Iterable[Problem
             yield Problem(key, f"{text}: an interval has no points to enumerate; use range() or a list of values")
 
 
-def expand(overrides: Sequence[Override], *, max_runs: int) -> list[list[str]]:
+def expand(overrides: Sequence[Override], *, max_runs: object) -> list[list[str]]:
     """All points of a sweep: the product of the swept values, the first axis slowest.
 
     Raises:
         InputError: where there is no point at all, or more than `max_runs`; counted before anything is enumerated.
     """
+    if isinstance(max_runs, bool) or not isinstance(max_runs, int) or max_runs < 1:
+        raise InputError(Problem("max_runs", f"expected an integer >= 1, got {max_runs}"))
     axes = [_values(override, limit=max_runs + 1) for override in overrides]
     size = math.prod(_size(override, axis) for override, axis in zip(overrides, axes, strict=True))
     if size == 0:

@@ -85,16 +85,6 @@ def optimizer_facts(optimizer: torch.optim.Optimizer, *, device: torch.device) -
     return facts
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all state tensors, shared ones (bitsandbytes' code books) counted once. Empty before the first step."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _state_tensors(optimizer)
-    }
-    return sum(storages.values())
-
-
-def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                yield value
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All tensors of the optimizer's state; none before the first step. bitsandbytes shares code books between them."""
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]

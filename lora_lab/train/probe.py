@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_lab.data.batches import collate
 from lora_lab.memory.live_bytes import LiveBytes, model_tensors
 from lora_lab.models.loss_token_logits import loss_token_logits
+from lora_lab.optim.optimizers import state_tensors
 from lora_lab.train.loop import accumulate, clip
 from lora_lab.train.member import Member
 
@@ -31,7 +32,7 @@ def probe_peak_bytes(model: nn.Module, member: Member, *, pad_id: int, device: t
         if len(member.batches.step(0)) == 1:
             optimizer.zero_grad(set_to_none=True)
         batch = collate([member.examples[index] for index in member.batches.longest_micro_batch()], pad_id, device)
-        baseline = [*model_tensors(model), *_gradients(member), *_states(optimizer)]
+        baseline = [*model_tensors(model), *_gradients(member), *state_tensors(optimizer)]
         with LiveBytes(baseline) as counter, loss_token_logits(model) as head:
             accumulate(member, head, [batch], loss_tokens=int(batch.loss_mask.sum()))
             clip(member)
@@ -51,7 +52,3 @@ def _zero_gradients(member: Member) -> None:
 
 def _gradients(member: Member) -> Iterable[Tensor]:
     return [parameter.grad for parameter in member.parameters if parameter.grad is not None]
-
-
-def _states(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]

@@ -1,0 +1,70 @@
+"""The command line: `lora-lab COMMAND ...`.
+
+`run` and `plan` are Hydra applications (any Hydra flag works); the others read the ledger or prepare the machine. Exit
+codes: 0 done, 2 bad input, 3 some runs failed, 4 machine (device, disk, network), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from lora_lab import __version__
+from lora_lab.errors import LabError, nearest
+
+# Command -> module in lora_lab.app with `main(arguments) -> exit code`; imported on demand, so that `plan` stays torch-free.
+COMMANDS = {
+    "run": ("lora_lab.app.hydra_commands", "train and score one trial, a sweep (-m), or a study (-m study=NAME)"),
+    "plan": ("lora_lab.app.hydra_commands", "what `run` would do: trials, duplicates, already done, parameters, steps"),
+    "runs": ("lora_lab.app.ledger_commands", "list the ledger, or export a slice of it (--format csv|parquet|json)"),
+    "compare": ("lora_lab.app.ledger_commands", "two runs: difference of configuration, paired difference of scores"),
+    "merge": ("lora_lab.app.model_commands", "adapters into the base, or several into one (linear, svd, ties)"),
+    "generate": ("lora_lab.app.model_commands", "what a run's model answers to a prompt"),
+    "fetch": ("lora_lab.app.model_commands", "prepare the embedded model in the cache"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; errors of the lab are printed without a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Tokenizers' threads and a fork do not mix, and hubs get no pings from a lab.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        return _dispatch(arguments)
+    except LabError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - a reader such as `head` has left; nothing to say
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"lora-lab {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f'error: unknown command "{arguments[0]}"{nearest(arguments[0], list(COMMANDS))}', file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[arguments[0]]
+    command: int = importlib.import_module(module).main(arguments)
+    return command
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    return "usage: lora-lab COMMAND [...]\n\n" + "\n".join(lines) + "\n\nlora-lab COMMAND --help says more."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""One job -> one result: load, attach, train, save, score, and record whatever happened.
+
+An outcome is data: a run that diverges, runs out of memory, is interrupted or fails is recorded with what it did measure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lora_lab.adapters.attach import Attached, attach, count_parameters
+from lora_lab.adapters.save import save_adapter
+from lora_lab.data.batches import Batches
+from lora_lab.data.encode import EncodedSet, encode_rows
+from lora_lab.data.sources import load_rows
+from lora_lab.errors import InputError, LabError, Problem
+from lora_lab.evaluate.score import score_model
+from lora_lab.memory.live_bytes import storage_bytes
+from lora_lab.memory.meter import MemoryMeter, resident_bytes
+from lora_lab.models.load import LoadedBase, load_base
+from lora_lab.optim.optimizers import build_optimizer, build_schedule, optimizer_facts, state_tensors
+from lora_lab.plan.job import Job
+from lora_lab.plan.steps import learning_rate_multiplier, steps_of
+from lora_lab.record.environment import load_average
+from lora_lab.record.ledger import RunFolder
+from lora_lab.record.result import Metric, Result, Status
+from lora_lab.record.step_log import StepLog
+from lora_lab.schema.fingerprint import NUMERICS_VERSION
+from lora_lab.train.checkpointing import enable_checkpointing
+from lora_lab.train.loop import train
+from lora_lab.train.member import Member, StepRecord
+from lora_lab.train.probe import probe_peak_bytes
+
+
+class Listener(Protocol):
+    """Who watches a run: the terminal's progress display, or nobody."""
+
+    def phase(self, text: str) -> None:
+        """The run enters a phase."""
+
+    def step(self, step: int, loss: float, tokens_per_second: float, memory_bytes: int) -> None:
+        """A step is done."""
+
+
+@dataclass(slots=True)
+class Gathered:
+    """What a run has measured so far; it survives the run's failure."""
+
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    measurements: dict[str, float | int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the block's wall-clock seconds under `<name>_seconds`, also when it raises."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.measurements[f"{name}_seconds"] = time.perf_counter() - start
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        InputError: for a device this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(Problem("launch.device", f'expected auto, cpu, cuda or cuda:N, got "{name}"')) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(Problem("launch.device", f"{name}: no CUDA device here; use launch.device=cpu"))
+    return device
+
+
+def run_job(job: Job, folder: RunFolder, *, device: torch.device, cache: Path, listener: Listener) -> Result:
+    """Runs one job in its claimed folder and writes its result.
+
+    Raises:
+        KeyboardInterrupt: after the interruption has been recorded.
+    """
+    gathered = Gathered()
+    started_at, status, reason = folder.now(), Status.COMPLETED, None
+    gathered.measurements["load_average_before"] = load_average()
+    interrupted: KeyboardInterrupt | None = None
+    with gathered.timed("wall"):
+        try:
+            status, reason = _carry_out(job, folder, gathered, device=device, cache=cache, listener=listener)
+        except KeyboardInterrupt as signal:
+            status, reason, interrupted = Status.INTERRUPTED, "interrupted (Ctrl-C)", signal
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            status, reason = Status.OUT_OF_MEMORY, str(error).splitlines()[0]
+        except LabError as error:
+            status, reason = Status.FAILED, str(error)
+        except Exception as error:  # noqa: BLE001 - a bug in one run is recorded, and does not stop the sweep
+            status, reason = Status.FAILED, f"{type(error).__name__}: {error}"
+            folder.write_text("traceback.txt", traceback.format_exc())
+    gathered.measurements["load_average_after"] = load_average()
+    result = _result(job, folder, gathered, status=status, reason=reason, started_at=started_at)
+    folder.finish(result)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if interrupted is not None:
+        raise interrupted
+    return result
+
+
+def _carry_out(
+    job: Job, folder: RunFolder, gathered: Gathered, *, device: torch.device, cache: Path, listener: Listener
+) -> tuple[Status, str | None]:
+    meter = MemoryMeter(device)
+    gathered.facts["device"] = str(device)
+    gathered.facts["executed"] = "alone"
+    try:
+        listener.phase("loading")
+        with gathered.timed("load"), meter.phase("load"):
+            base = load_base(
+                job.trial.model,
+                precision=job.trial.training.precision,
+                quantization=job.trial.quantization,
+                device=device,
+                cache=cache,
+            )
+            gathered.facts |= base.facts
+            attached = attach(base.model, job.trial)
+            rows = load_rows(job.trial.data, cache=cache)
+            heldout = encode_rows(rows.heldout, base.tokenizer, job.trial.data)
+        trainable, total = count_parameters(attached.model)
+        gathered.measurements |= {"trainable_parameters": trainable, "total_parameters": total}
+        diverged = None
+        if job.trial.method.kind != "base":
+            examples = encode_rows(rows.train, base.tokenizer, job.trial.data)
+            diverged = _train(job, folder, gathered, base, attached, examples, meter=meter, listener=listener)
+        if diverged is not None:
+            gathered.missing["scores"] = "the run diverged"
+            return Status.DIVERGED, diverged
+        listener.phase("scoring")
+        with gathered.timed("evaluate"), meter.phase("evaluate"):
+            scores = score_model(
+                attached.model, base.tokenizer, heldout, job.trial.evaluation, cache=cache, output=folder.path / "eval"
+            )
+        gathered.metrics |= scores.metrics
+        gathered.facts["evaluation"] = scores.facts
+        return Status.COMPLETED, None
+    finally:
+        gathered.measurements |= meter.measurements
+        gathered.missing |= meter.missing
+
+
+def _train(
+    job: Job,
+    folder: RunFolder,
+    gathered: Gathered,
+    base: LoadedBase,
+    attached: Attached,
+    examples: EncodedSet,
+    *,
+    meter: MemoryMeter,
+    listener: Listener,
+) -> str | None:
+    """Trains and saves; returns why it diverged, or None."""
+    device = base.device
+    member = _member(job, attached, examples)
+    enable_checkpointing(attached.model, job.trial.training.gradient_checkpointing)
+    gathered.measurements |= {
+        "train_rows": len(examples.examples),
+        "cut_rows": examples.cut_rows,
+        "loss_token_fraction": examples.loss_share,
+    }
+    if device.type != "cuda":
+        listener.phase("measuring memory")
+        with gathered.timed("probe"):
+            gathered.measurements["peak_allocated_bytes"] = probe_peak_bytes(
+                attached.model, member, pad_id=base.pad_id, device=device
+            )
+    listener.phase("training")
+    with StepLog(folder.path / "steps.jsonl") as log, gathered.timed("train"), meter.phase("train"):
+
+        def on_step(trained: Member, record: StepRecord) -> None:
+            log.write(record)
+            memory = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+            listener.step(record.step, record.loss, record.tokens / record.seconds, memory)
+
+        train(attached.model, [member], pad_id=base.pad_id, device=device, on_step=on_step)
+    _gather_training(member, gathered, device=device)
+    if device.type == "cuda":
+        gathered.measurements["peak_allocated_bytes"] = meter.measurements["train_peak_allocated_bytes"]
+        gathered.measurements["peak_reserved_bytes"] = meter.measurements["train_peak_reserved_bytes"]
+    listener.phase("saving")
+    with gathered.timed("save"):
+        gathered.measurements["adapter_file_bytes"] = save_adapter(attached.model, folder.path / "adapter")
+    return member.diverged
+
+
+def _member(job: Job, attached: Attached, examples: EncodedSet) -> Member:
+    trial = job.trial
+    lengths = [len(example.input_ids) for example in examples.examples]
+    steps = steps_of(trial, len(lengths))
+    assert steps is not None  # only method=base has no steps
+    parameters = [parameter for parameter in attached.model.parameters() if parameter.requires_grad]
+
+    def new_optimizer(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return build_optimizer(trial.optimizer, params, learning_rate=trial.learning_rate)
+
+    optimizer = new_optimizer(parameters)
+    return Member(
+        name=job.name,
+        parameters=parameters,
+        build_optimizer=new_optimizer,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, learning_rate_multiplier(trial.scheduler, steps)),
+        examples=examples.examples,
+        batches=Batches(
+            lengths,
+            batch_size=trial.training.batch_size,
+            micro_batch_size=trial.training.micro_batch_size,
+            seed=trial.seeds.data,
+            bucket_batches=trial.training.bucket_batches,
+        ),
+        total_steps=steps.steps,
+        max_gradient_norm=trial.training.max_gradient_norm,
+        dropout_clock=attached.dropout_clock,
+    )
+
+
+def _gather_training(member: Member, gathered: Gathered, *, device: torch.device) -> None:
+    """Totals of the step records. Speed is real tokens over the time of the steps themselves."""
+    seconds = sum(record.seconds for record in member.records)
+    tokens = sum(record.tokens for record in member.records)
+    padded = sum(record.padded_tokens for record in member.records)
+    gathered.measurements |= {
+        "steps": member.step,
+        "tokens": tokens,
+        "loss_tokens": sum(record.loss_tokens for record in member.records),
+        "optimizer_state_bytes": storage_bytes(state_tensors(member.optimizer)),
+    }
+    gathered.facts["optimizer"] = optimizer_facts(member.optimizer, device=device)
+    if member.records:
+        gathered.measurements |= {
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "padding_fraction": 1 - tokens / padded,
+        }
+        gathered.metrics["train/loss"] = Metric(
+            value=member.records[-1].loss,
+            unit="nats/token",
+            higher_is_better=False,
+            standard_error=None,
+            num_examples=None,
+        )
+    else:
+        gathered.missing["tokens_per_second"] = "no step was finished"
+
+
+def _result(
+    job: Job, folder: RunFolder, gathered: Gathered, *, status: Status, reason: str | None, started_at: str
+) -> Result:
+    measurements = dict(gathered.measurements)
+    gathered.missing["predicted_peak_allocated_bytes"] = "this version does not predict memory yet"
+    return Result(
+        schema_version=1,
+        numerics_version=NUMERICS_VERSION,
+        run_id=folder.run_id,
+        fingerprint=job.fingerprint,
+        setting=job.setting,
+        repeat=job.repeat,
+        attempt=folder.attempt,
+        status=status,
+        reason=reason,
+        started_at=started_at,
+        finished_at=folder.now(),
+        trainable_parameters=_count(measurements.pop("trainable_parameters", None)),
+        total_parameters=_count(measurements.pop("total_parameters", None)),
+        predicted_peak_allocated_bytes=None,
+        metrics=gathered.metrics,
+        measurements=measurements,
+        facts=gathered.facts,
+        missing=gathered.missing,
+    )
+
+
+def _count(value: float | None) -> int | None:
+    return None if value is None else int(value)
