@@ -1,13 +1,12 @@
 """Hydra's door to the lab: a sweeper that expands without composing, and a launcher that gets the whole sweep at once.
 
 Hydra accepts plug-ins only from the `hydra_plugins` namespace (no `__init__.py` here). All work is done in `lora_lab.app`.
+Hydra loads this file without entering it in `sys.modules`, so annotations here must not be postponed.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Dict, Optional  # noqa: UP035
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -31,7 +30,7 @@ class LabSweeperConf:
     """Registers `hydra/sweeper=lora_lab`."""
 
     _target_: str = "hydra_plugins.lora_lab_launcher.LabSweeper"
-    params: dict[str, str] | None = None
+    params: Optional[Dict[str, str]] = None  # noqa: UP006, UP045 - OmegaConf reads this annotation
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="lora_lab", node=LabLauncherConf, provider="lora_lab")

@@ -10,7 +10,7 @@ import gc
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,25 +18,24 @@ import torch
 
 from lora_lab.adapters.attach import Attached, attach, count_parameters
 from lora_lab.adapters.save import save_adapter
-from lora_lab.data.batches import Batches
 from lora_lab.data.encode import EncodedSet, encode_rows
 from lora_lab.data.sources import load_rows
 from lora_lab.errors import InputError, LabError, Problem
 from lora_lab.evaluate.score import score_model
 from lora_lab.memory.live_bytes import storage_bytes
-from lora_lab.memory.meter import MemoryMeter, resident_bytes
+from lora_lab.memory.meter import MemoryMeter, memory_now
 from lora_lab.models.load import LoadedBase, load_base
-from lora_lab.optim.optimizers import build_optimizer, build_schedule, optimizer_facts, state_tensors
+from lora_lab.optim.optimizers import optimizer_facts, state_tensors
 from lora_lab.plan.job import Job
-from lora_lab.plan.steps import learning_rate_multiplier, steps_of
-from lora_lab.record.environment import load_average
-from lora_lab.record.ledger import RunFolder
+from lora_lab.record.atomic import write_text
+from lora_lab.record.environment import load_average, utc_now
 from lora_lab.record.result import Metric, Result, Status
+from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.step_log import StepLog
 from lora_lab.schema.fingerprint import NUMERICS_VERSION
 from lora_lab.train.checkpointing import enable_checkpointing
 from lora_lab.train.loop import train
-from lora_lab.train.member import Member, StepRecord
+from lora_lab.train.member import Member, StepRecord, member_of
 from lora_lab.train.probe import probe_peak_bytes
 
 
@@ -68,6 +67,14 @@ class Gathered:
         finally:
             self.measurements[f"{name}_seconds"] = time.perf_counter() - start
 
+    def note_load(self, when: str) -> None:
+        """The machine's 1-minute load average beside the times, so that a busy machine shows."""
+        load = load_average()
+        if load is None:
+            self.missing[f"load_average_{when}"] = "this system keeps none"
+        else:
+            self.measurements[f"load_average_{when}"] = load
+
 
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one.
@@ -86,6 +93,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def gpu_facts(device: torch.device) -> dict[str, Any] | None:
+    """Name and memory of the GPU that will run, for the record; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return {"names": [properties.name], "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+
+
 def run_job(job: Job, folder: RunFolder, *, device: torch.device, cache: Path, listener: Listener) -> Result:
     """Runs one job in its claimed folder and writes its result.
 
@@ -93,8 +108,8 @@ def run_job(job: Job, folder: RunFolder, *, device: torch.device, cache: Path, l
         KeyboardInterrupt: after the interruption has been recorded.
     """
     gathered = Gathered()
-    started_at, status, reason = folder.now(), Status.COMPLETED, None
-    gathered.measurements["load_average_before"] = load_average()
+    started_at, status, reason = utc_now(), Status.COMPLETED, None
+    gathered.note_load("before")
     interrupted: KeyboardInterrupt | None = None
     with gathered.timed("wall"):
         try:
@@ -107,10 +122,10 @@ def run_job(job: Job, folder: RunFolder, *, device: torch.device, cache: Path, l
             status, reason = Status.FAILED, str(error)
         except Exception as error:  # noqa: BLE001 - a bug in one run is recorded, and does not stop the sweep
             status, reason = Status.FAILED, f"{type(error).__name__}: {error}"
-            folder.write_text("traceback.txt", traceback.format_exc())
-    gathered.measurements["load_average_after"] = load_average()
+            write_text(folder.path / "traceback.txt", traceback.format_exc())
+    gathered.note_load("after")
     result = _result(job, folder, gathered, status=status, reason=reason, started_at=started_at)
-    folder.finish(result)
+    folder.write_result(result)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -151,7 +166,7 @@ def _carry_out(
         listener.phase("scoring")
         with gathered.timed("evaluate"), meter.phase("evaluate"):
             scores = score_model(
-                attached.model, base.tokenizer, heldout, job.trial.evaluation, cache=cache, output=folder.path / "eval"
+                attached.model, base.tokenizer, heldout, job.trial.evaluation, cache=cache, output=folder.eval_folder
             )
         gathered.metrics |= scores.metrics
         gathered.facts["evaluation"] = scores.facts
@@ -173,8 +188,8 @@ def _train(
     listener: Listener,
 ) -> str | None:
     """Trains and saves; returns why it diverged, or None."""
-    device = base.device
-    member = _member(job, attached, examples)
+    device = base.model.device
+    member = member_of(job.trial, attached, examples.examples, name=job.name)
     enable_checkpointing(attached.model, job.trial.training.gradient_checkpointing)
     gathered.measurements |= {
         "train_rows": len(examples.examples),
@@ -185,56 +200,25 @@ def _train(
         listener.phase("measuring memory")
         with gathered.timed("probe"):
             gathered.measurements["peak_allocated_bytes"] = probe_peak_bytes(
-                attached.model, member, pad_id=base.pad_id, device=device
+                attached.model, member, pad_id=base.tokenizer.pad_token_id, device=device
             )
     listener.phase("training")
-    with StepLog(folder.path / "steps.jsonl") as log, gathered.timed("train"), meter.phase("train"):
+    with StepLog(folder.steps_path) as log, gathered.timed("train"), meter.phase("train"):
 
         def on_step(trained: Member, record: StepRecord) -> None:
-            log.write(record)
-            memory = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+            key, memory = memory_now(device)
+            log.write(record.step, {**asdict(record), key: memory})
             listener.step(record.step, record.loss, record.tokens / record.seconds, memory)
 
-        train(attached.model, [member], pad_id=base.pad_id, device=device, on_step=on_step)
+        train(attached.model, [member], pad_id=base.tokenizer.pad_token_id, device=device, on_step=on_step)
     _gather_training(member, gathered, device=device)
     if device.type == "cuda":
         gathered.measurements["peak_allocated_bytes"] = meter.measurements["train_peak_allocated_bytes"]
         gathered.measurements["peak_reserved_bytes"] = meter.measurements["train_peak_reserved_bytes"]
     listener.phase("saving")
     with gathered.timed("save"):
-        gathered.measurements["adapter_file_bytes"] = save_adapter(attached.model, folder.path / "adapter")
+        gathered.measurements["adapter_file_bytes"] = save_adapter(attached.model, folder.adapter_folder)
     return member.diverged
-
-
-def _member(job: Job, attached: Attached, examples: EncodedSet) -> Member:
-    trial = job.trial
-    lengths = [len(example.input_ids) for example in examples.examples]
-    steps = steps_of(trial, len(lengths))
-    assert steps is not None  # only method=base has no steps
-    parameters = [parameter for parameter in attached.model.parameters() if parameter.requires_grad]
-
-    def new_optimizer(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        return build_optimizer(trial.optimizer, params, learning_rate=trial.learning_rate)
-
-    optimizer = new_optimizer(parameters)
-    return Member(
-        name=job.name,
-        parameters=parameters,
-        build_optimizer=new_optimizer,
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, learning_rate_multiplier(trial.scheduler, steps)),
-        examples=examples.examples,
-        batches=Batches(
-            lengths,
-            batch_size=trial.training.batch_size,
-            micro_batch_size=trial.training.micro_batch_size,
-            seed=trial.seeds.data,
-            bucket_batches=trial.training.bucket_batches,
-        ),
-        total_steps=steps.steps,
-        max_gradient_norm=trial.training.max_gradient_norm,
-        dropout_clock=attached.dropout_clock,
-    )
 
 
 def _gather_training(member: Member, gathered: Gathered, *, device: torch.device) -> None:
@@ -282,7 +266,7 @@ def _result(
         status=status,
         reason=reason,
         started_at=started_at,
-        finished_at=folder.now(),
+        finished_at=utc_now(),
         trainable_parameters=_count(measurements.pop("trainable_parameters", None)),
         total_parameters=_count(measurements.pop("total_parameters", None)),
         predicted_peak_allocated_bytes=None,

@@ -46,9 +46,11 @@ class MemoryMeter:
             self.missing[f"{name}_peak_rss_bytes"] = "this system keeps one peak for the whole process"
 
 
-def resident_bytes() -> int:
-    """Resident set size of this process now."""
-    return int(psutil.Process().memory_info().rss)
+def memory_now(device: torch.device) -> tuple[str, int]:
+    """What the device can tell at this moment, under its name: allocated bytes on CUDA, else the resident set."""
+    if device.type == "cuda":
+        return "allocated_bytes", torch.cuda.memory_allocated(device)
+    return "rss_bytes", int(psutil.Process().memory_info().rss)
 
 
 def process_peak_bytes() -> int:

@@ -17,9 +17,10 @@ class SkillsTasks(Section):
 class ProseTasks(Section):
     """Perplexity and 4-way sentence completion on a text every Python carries (`pydoc_data.topics`).
 
-    The text changes with the Python version; its SHA-256 is in the trial's identities."""
+    The text changes with the Python version; its SHA-256 is in the trial's identities. perplexity_words: words from its
+    start, the same for every tokenizer."""
 
-    perplexity_tokens: Count
+    perplexity_words: Count
     completion_documents: Count
     seed: Seed
 

@@ -1,7 +1,7 @@
 """Gradient checkpointing: activations are kept once per segment of layers and recomputed in the backward pass.
 
-Always non-reentrant. Segments of one layer are transformers' own; longer ones (every k layers; about sqrt(L) of them is
-the classic choice, Chen et al. 2016, arXiv 1604.06174) are made here, by letting the first layer of a segment run all of it.
+Always non-reentrant. A segment is one layer, k layers, or about sqrt(L) of them, the classic choice (Chen et al. 2016,
+arXiv 1604.06174). transformers checkpoints single layers only; here the first layer of a segment runs all of it.
 """
 
 from __future__ import annotations
@@ -46,10 +46,7 @@ def enable_checkpointing(model: nn.Module, mode: str | int) -> None:
     size = segment_layers(mode, base.config.num_hidden_layers)
     if size is None:
         return
-    if size == 1:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return
-    if len(set(getattr(base.config, "layer_types", None) or ["same"])) > 1:
+    if size > 1 and len(set(getattr(base.config, "layer_types", None) or ["same"])) > 1:
         raise InputError(
             Problem("training.gradient_checkpointing", f"layers of {base.config.model_type} differ; use every_layer")
         )

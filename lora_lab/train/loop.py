@@ -78,8 +78,8 @@ def accumulate(member: Member, head: LossTokenHead, micro_batches: Sequence[Batc
     """Forward and backward over the micro-batches of a step; gradients add up. Returns the step's mean token loss."""
     total = 0.0
     for index, batch in enumerate(micro_batches):
-        member.dropout_clock.step = member.step
-        member.dropout_clock.micro_batch = index
+        if member.dropout_clock is not None:
+            member.dropout_clock.step, member.dropout_clock.micro_batch = member.step, index
         loss = token_loss_sum(head, batch) / loss_tokens
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()

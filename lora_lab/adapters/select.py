@@ -1,0 +1,56 @@
+"""The modules of a real model that a target names; `plan.targets` does the same from the shape, without weights."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.plan.targets import name_matches, part_suffixes
+from lora_lab.schema.method import Target
+
+_NAME = re.compile(r"[A-Za-z0-9_.*]+")
+
+
+def find_targets(model: Any, target: Target) -> list[str]:
+    """Full names, in the model's order, of the linear layers and embeddings that `target` names.
+
+    Raises:
+        InputError: with one problem per part or name that matches no such layer, and for a head or an embedding whose
+            weight is also the other's (tied).
+    """
+    layers = {name: module for name, module in model.named_modules() if _can_carry(module)}
+    wanted = {f"target.{part}": part_suffixes(model.config.model_type)[part] for part in target.parts}
+    wanted |= {f"target.modules: {name}": (name,) for name in target.modules}
+    chosen: set[str] = set()
+    problems = []
+    for where, names in wanted.items():
+        for name in names:
+            matched = {layer for layer in layers if _NAME.fullmatch(name) and name_matches(layer, name)}
+            chosen |= matched
+            if not matched:
+                ends = list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+                problems.append(Problem(where, f'no layer is named "{name[:100]}"' + nearest(name, ends)))
+    problems += _tied_problems(model, layers, chosen)
+    if problems:
+        raise InputError(problems)
+    return [name for name in layers if name in chosen]
+
+
+def _can_carry(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Embedding, Conv1D))
+
+
+def _tied_problems(model: Any, layers: dict[str, nn.Module], chosen: set[str]) -> list[Problem]:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return []
+    rule = (
+        "its weight is head and embedding at once (tied), an adapter would change both; use model.tie_embeddings=false"
+    )
+    return [
+        Problem("target", f"{name}: {rule}") for name in layers if name in chosen and layers[name] in (head, embedding)
+    ]

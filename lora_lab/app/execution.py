@@ -1,0 +1,59 @@
+"""Carries out what was asked: prints the plan, or checks once more, runs, and prints the table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_lab.app.planning import Plan, cache_folder, make_plan
+from lora_lab.app.session import Request
+from lora_lab.evaluate.check import check_evaluation
+from lora_lab.record.atomic import write_json
+from lora_lab.record.ledger import Ledger, RunRecord
+from lora_lab.record.result import Status
+from lora_lab.report.terminal import print_plan, print_table
+from lora_lab.study.table import SettingsTable, settings_table
+
+
+def carry_out(request: Request, *, command: str, as_json: bool) -> int:
+    """The exit code of `plan` or `run` for everything that was composed."""
+    plan = make_plan(request)
+    if command == "plan":
+        print_plan(plan.rows, as_json=as_json)
+        return 0
+    return _run(plan, as_json=as_json)
+
+
+def _run(plan: Plan, *, as_json: bool) -> int:
+    from lora_lab.launch.local import run_jobs  # torch from here on: `plan` above does without
+    from lora_lab.report.progress import Progress
+
+    cache = cache_folder(plan.lab)
+    for evaluation in dict.fromkeys(job.trial.evaluation for job in plan.jobs):
+        check_evaluation(evaluation, cache=cache)
+    ledger = Ledger(Path(plan.lab.root))
+    with Progress() as progress:
+        tally = run_jobs(plan.jobs, ledger, plan.lab, cache=cache, progress=progress)
+    records = [record for job in plan.jobs if (record := ledger.find(job.fingerprint, job.repeat)) is not None]
+    table = settings_table(records, metrics=plan.study.metrics if plan.study is not None else None)
+    _keep(plan, table)
+    if as_json:
+        json.dump(table.to_json(), sys.stdout, indent=2)
+        print()
+    else:
+        print_table(table)
+    for name in tally.elsewhere:
+        print(f"{name}: running in another process; run the same command again for its result", file=sys.stderr)
+    return _exit_code(records, expected=len(plan.jobs))
+
+
+def _keep(plan: Plan, table: SettingsTable) -> None:
+    if plan.study is not None:
+        write_json(Path(plan.lab.root) / "studies" / plan.study.name / "table.json", table.to_json())
+
+
+def _exit_code(records: Sequence[RunRecord], *, expected: int) -> int:
+    done = [record for record in records if record.state == Status.COMPLETED]
+    return 0 if len(done) == expected else 3

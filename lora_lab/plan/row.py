@@ -1,0 +1,82 @@
+"""One line of a plan: what a job would do and cost, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_lab.errors import InputError, Problem
+from lora_lab.plan.counts import counts_of
+from lora_lab.plan.job import Job
+from lora_lab.plan.steps import steps_of
+
+RowState = Literal["new", "done", "duplicate"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One job of a plan. `missing` says for each number that is None why it is not known."""
+
+    name: str
+    fingerprint: str
+    setting: str
+    repeat: int
+    state: RowState
+    steps: int | None
+    train_rows: int | None
+    trainable_parameters: int | None
+    total_parameters: int | None
+    overrides: tuple[str, ...]
+    missing: Mapping[str, str]
+
+
+def plan_rows(jobs: Iterable[Job], *, done: Container[tuple[str, int]]) -> list[PlanRow]:
+    """A row per job, in order: `duplicate` where an earlier one is the same, `done` where the ledger has it.
+
+    Args:
+        done: (fingerprint, repeat) of the runs that need not be run again.
+
+    Raises:
+        InputError: with the problems of all jobs whose target or schedule does not fit.
+    """
+    rows: list[PlanRow] = []
+    seen: set[tuple[str, int]] = set()
+    problems: dict[Problem, None] = {}
+    for job in jobs:
+        key = job.fingerprint, job.repeat
+        state: RowState = "duplicate" if key in seen else "done" if key in done else "new"
+        seen.add(key)
+        try:
+            rows.append(_row(job, state))
+        except InputError as error:
+            problems.update(dict.fromkeys(error.problems))
+    if problems:
+        raise InputError(problems)
+    return rows
+
+
+def _row(job: Job, state: RowState) -> PlanRow:
+    counts, step_plan, missing = counts_of(job.trial), steps_of(job.trial, job.train_rows), {}
+    steps = 0 if job.trial.method.kind == "base" else None if step_plan is None else step_plan.steps
+    if counts is None:
+        model = job.trial.model
+        reason = f"the shape of {model.name or model.kind} is not known without its files (model.shape gives it)"
+        missing.update(dict.fromkeys(("trainable_parameters", "total_parameters"), reason))
+    if job.train_rows is None:
+        missing["train_rows"] = "the data set has not been counted on this machine"
+    if steps is None:
+        missing["steps"] = "epochs of an unknown number of training rows"
+    return PlanRow(
+        name=job.name,
+        fingerprint=job.fingerprint,
+        setting=job.setting,
+        repeat=job.repeat,
+        state=state,
+        steps=steps,
+        train_rows=job.train_rows,
+        trainable_parameters=None if counts is None else counts.trainable_parameters,
+        total_parameters=None if counts is None else counts.total_parameters,
+        overrides=job.overrides,
+        missing=missing,
+    )

@@ -1,0 +1,56 @@
+"""Shared by all tests: trials composed from the real conf/, a tiny random model, a cache that outlives one test run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+
+from lora_lab.app.compose import Composer
+from lora_lab.app.locations import conf_folder
+from lora_lab.schema.trial import LAB_KEYS, Trial, read_trial
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SHARED_DATA = CHECKOUT.parent / "shared" / "data"
+
+MakeTrial = Callable[..., Trial]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests never reach for a hub, and leave cores to each other."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def composer() -> Iterator[Composer]:
+    """Composes overrides on the real conf/."""
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        yield Composer(loader, loader.load_configuration("config", [], RunMode.RUN))
+
+
+@pytest.fixture(scope="session")
+def make_trial(composer: Composer) -> MakeTrial:
+    """make_trial("rank=4", "optimizer=sgd"): a validated trial; the tiny random model unless said otherwise."""
+
+    def make(*overrides: str) -> Trial:
+        lines = list(overrides)
+        if not any(line.startswith("model=") for line in lines):
+            lines.append("model=tiny_random")
+        mapping = composer.compose(lines).mapping
+        return read_trial({key: value for key, value in mapping.items() if key not in LAB_KEYS})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cache() -> Path:
+    """The checkout's own cache, so that the embedded model is converted once."""
+    return CHECKOUT / "lab" / "cache"
