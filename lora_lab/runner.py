@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from lora_lab.adapters.attach import Attached, attach, count_parameters
-from lora_lab.adapters.save import save_adapter
+from lora_lab.adapters.save import save_adapter, save_model
 from lora_lab.data.encode import EncodedSet, encode_rows
 from lora_lab.data.sources import load_rows
 from lora_lab.errors import InputError, LabError, Problem
@@ -217,7 +217,10 @@ def _train(
         gathered.measurements["peak_reserved_bytes"] = meter.measurements["train_peak_reserved_bytes"]
     listener.phase("saving")
     with gathered.timed("save"):
-        gathered.measurements["adapter_file_bytes"] = save_adapter(attached.model, folder.adapter_folder)
+        if job.trial.method.has_adapter:
+            gathered.measurements["adapter_file_bytes"] = save_adapter(attached.model, folder.adapter_folder)
+        else:
+            gathered.measurements["model_file_bytes"] = save_model(attached.model, base.tokenizer, folder.model_folder)
     return member.diverged
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import hydra
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from lora_lab.app.compose import Composer
-from lora_lab.app.locations import conf_folder
+from lora_lab.app.compose import Composer, config_loader
 from lora_lab.schema.trial import LAB_KEYS, Trial, read_trial
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -29,11 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def composer() -> Iterator[Composer]:
+def composer() -> Composer:
     """Composes overrides on the real conf/."""
-    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        yield Composer(loader, loader.load_configuration("config", [], RunMode.RUN))
+    loader = config_loader()
+    return Composer(loader, loader.load_configuration("config", [], RunMode.RUN))
 
 
 @pytest.fixture(scope="session")

@@ -7,16 +7,20 @@ gives what full composition gives (tests/contract/test_compose.py) and makes 500
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import hydra
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_lab.app.locations import conf_folder
 from lora_lab.app.overrides import parse, rewrite_choice
 from lora_lab.errors import InputError, Problem, nearest
 
@@ -37,6 +41,14 @@ class _Change:
     value: Any
     line: str
     structural: bool
+
+
+def config_loader() -> ConfigLoader:
+    """Hydra's loader on the lab's own conf/."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        loader: ConfigLoader = GlobalHydra.instance().config_loader()
+    return loader
 
 
 class Composer:
@@ -129,12 +141,31 @@ def plain_mapping(config: DictConfig) -> dict[str, Any]:
     without_hydra = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
         mapping = OmegaConf.to_container(without_hydra, resolve=True)
-    except RecursionError:
-        raise InputError("an interpolation refers to itself through others; break the cycle") from None
     except OmegaConfBaseException as error:
-        raise InputError(Problem(str(error.full_key or ""), _first_line(error))) from None
+        key = str(error.full_key or "")
+        text = _first_line(error)
+        if "Recursive" in text:
+            text = f"interpolations in a circle: {' -> '.join(_circle(without_hydra, key))}"
+        raise InputError(Problem(key, text)) from None
     assert isinstance(mapping, dict)
     return {str(key): value for key, value in mapping.items()}
+
+
+def _circle(config: DictConfig, start: str) -> list[str]:
+    """The keys that refer to each other, from `start` until one comes again."""
+    chain = [start]
+    while match := re.search(r"\$\{([\w.]+)\}", str(_unresolved(config, chain[-1]))):
+        chain.append(match.group(1))
+        if chain[-1] in chain[:-1]:
+            break
+    return chain
+
+
+def _unresolved(config: DictConfig, key: str) -> Any:
+    node: Any = OmegaConf.to_container(config, resolve=False)
+    for step in key.split("."):
+        node = node.get(step) if isinstance(node, dict) else None
+    return node
 
 
 def _first_line(error: BaseException) -> str:

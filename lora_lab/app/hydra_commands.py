@@ -9,14 +9,13 @@ from collections.abc import Sequence
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.app import overrides as checks
-from lora_lab.app.compose import Composer
+from lora_lab.app.compose import Composer, config_loader
 from lora_lab.app.execution import carry_out
 from lora_lab.app.locations import conf_folder
 from lora_lab.app.session import Session, activated
@@ -34,8 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     if flags.multirun and flags.cfg:
         raise InputError("--cfg shows one configuration; leave out -m, or see the points by: lora-lab plan -m ...")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as exceptions; none is printed as a traceback
-    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        rewritten = _check_composition(texts, config_name=flags.config_name or "config", multirun=flags.multirun)
+    rewritten = _check_composition(texts, config_name=flags.config_name or "config", multirun=flags.multirun)
     session = Session(functools.partial(carry_out, command=command, as_json=as_json))
     with activated(session):
         _run_hydra(command, _replaced(rest, texts, rewritten))
@@ -49,7 +47,7 @@ def _check_composition(texts: Sequence[str], *, config_name: str, multirun: bool
     """
     hydra_own = [text for text in texts if text.startswith("hydra")]
     own = [text for text in texts if not text.startswith("hydra")]
-    loader = GlobalHydra.instance().config_loader()
+    loader = config_loader()
     try:
         master = loader.load_configuration(config_name, hydra_own, RunMode.MULTIRUN if multirun else RunMode.RUN)
     except (HydraException, OmegaConfBaseException) as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import re
 from functools import cache
-
 from pydoc_data.topics import topics
 
 _MIN_WORDS = 12

@@ -42,11 +42,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`content`, atomically: after return it is on disk under `path`.
+    """`content`, atomically: after return it is on disk under `path`. Missing parent folders are made.
 
     Raises:
         MachineError: the disk refuses; nothing is left behind and an earlier file at `path` is untouched.
     """
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("xb") as stream:

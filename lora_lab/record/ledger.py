@@ -23,6 +23,8 @@ from lora_lab.record.run_record import HEADER_SCHEMA_VERSION, RunRecord, read_re
 from lora_lab.schema.fingerprint import NUMERICS_VERSION
 from lora_lab.schema.labels import check_label
 
+__all__ = ["Ledger", "RunRecord", "run_id_of"]
+
 _ID_DIGITS = 16
 _SHOWN_CANDIDATES = 10
 
@@ -113,6 +115,11 @@ class Ledger:
         """The record of a trial's run, or None where it was never begun."""
         folder = self.runs_folder / run_id_of(fingerprint, repeat)
         return read_record(folder) if folder.is_dir() and _has_begun(folder) else None
+
+    def finished(self) -> set[tuple[str, int]]:
+        """(fingerprint, repeat) of every run that need not be run again."""
+        done = [record.header for record in self.runs() if record.is_done and record.header is not None]
+        return {(header.fingerprint, header.repeat) for header in done}
 
     def runs(self) -> list[RunRecord]:
         """Every run, damaged ones included, in the order in which they were claimed.

@@ -30,9 +30,9 @@ def check_against_transformers(tokenizer: PreTrainedTokenizerBase, turns: list[t
     ours = list(encoded.input_ids)
     assert whole[: len(ours)] == ours
     assert str(tokenizer.decode(whole[len(ours) :])).strip() == ""  # nothing but the line feed after the end of turn
-    prompt = tokenizer.apply_chat_template(
-        messages[:-1], tokenize=True, add_generation_prompt=True, return_dict=True
-    )["input_ids"]
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=True, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     assert prompt == list(prompt_ids(row_of(turns), tokenizer, "model"))
     assert encoded.loss_mask == tuple(index >= len(prompt) for index in range(len(ours)))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_lab.models.loss_token_logits import loss_token_logits
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -21,6 +20,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from lora_lab.models.loss_token_logits import loss_token_logits
 
 VOCABULARY = 61
 SHAPE = {

@@ -1,0 +1,99 @@
+"""`runs` and `compare`: windows onto the ledger. No torch, no Hydra."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_lab.errors import InputError, Problem
+from lora_lab.record.export import rows_of, to_csv, to_json, to_parquet
+from lora_lab.record.ledger import Ledger, RunRecord
+from lora_lab.report.terminal import print_comparison, print_runs
+from lora_lab.study.compare import compare_runs
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `runs ...` or `compare ...`; returns the exit code."""
+    command, *rest = arguments
+    return {"runs": _runs, "compare": _compare}[command](rest)
+
+
+def add_root(parser: argparse.ArgumentParser) -> None:
+    """The one option that all commands share."""
+    parser.add_argument("--root", type=Path, default=Path("lab"), help="the lab's folder (default: ./lab)")
+
+
+def open_ledger(root: Path) -> Ledger:
+    """The ledger below `root`; raises InputError where there is none."""
+    ledger = Ledger(root)
+    if not ledger.runs_folder.is_dir():
+        raise InputError(Problem("--root", f"no ledger in {root} (looked for {ledger.runs_folder})"))
+    return ledger
+
+
+def _runs(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="lora-lab runs", description="List the runs of the ledger, or export them.")
+    add_root(parser)
+    parser.add_argument("--study", help="only runs of this study")
+    parser.add_argument("--status", help="only runs with this status, as COMPLETED or RUNNING")
+    parser.add_argument("--format", choices=("csv", "parquet", "json"), help="one flat row per run")
+    parser.add_argument("--output", type=Path, help="file to write (needed for parquet; default: standard output)")
+    parser.add_argument("--json", action="store_true", help="short for --format json")
+    options = parser.parse_args(arguments)
+    records = open_ledger(options.root).runs()
+    if options.study is not None:
+        records = _of_study(records, options.root, options.study)
+    if options.status is not None:
+        records = [record for record in records if record.state == options.status.upper()]
+    chosen = "json" if options.json else options.format
+    if chosen is None:
+        print_runs(records)
+        return 0
+    _export(records, chosen, options.output)
+    return 0
+
+
+def _of_study(records: Sequence[RunRecord], root: Path, study: str) -> list[RunRecord]:
+    path = root / "studies" / study / "runs.json"
+    if not path.is_file():
+        known = sorted(folder.name for folder in (root / "studies").glob("*") if folder.is_dir())
+        raise InputError(Problem("--study", f'no study "{study}" has been run here (known: {", ".join(known) or "none"})'))
+    wanted = set(json.loads(path.read_text())["runs"])
+    return [record for record in records if record.run_id in wanted]
+
+
+def _export(records: Sequence[RunRecord], chosen: str, output: Path | None) -> None:
+    rows = rows_of(records)
+    if chosen == "parquet":
+        if output is None:
+            raise InputError(Problem("--output", "a parquet file needs a name: --output runs.parquet"))
+        to_parquet(rows, output)
+        return
+    write = to_csv if chosen == "csv" else to_json
+    if output is None:
+        write(rows, sys.stdout)
+        return
+    with output.open("w", encoding="utf-8", newline="") as stream:
+        write(rows, stream)
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="lora-lab compare",
+        description="Two runs: what differs in their configuration, and their scores, paired by example.",
+    )
+    add_root(parser)
+    parser.add_argument("run", nargs=2, help="id, start of an id, or readable name")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    ledger = open_ledger(options.root)
+    comparison = compare_runs(*(ledger.resolve(name) for name in options.run))
+    if options.json:
+        json.dump(comparison.to_json(), sys.stdout, indent=2)
+        print()
+    else:
+        print_comparison(comparison)
+    return 0

@@ -1,0 +1,81 @@
+"""lm-eval's own Hugging Face model, which stops where lm-eval would score a NaN as a real answer."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lora_lab.errors import EvaluationError, Problem
+
+
+class CheckedModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
+    """HFLM around a model object: same requests, same batches, same numbers, each checked to be finite.
+
+    truncated_requests: how many were longer than the model's context and lost their beginning.
+
+    The tokenizer is copied, because HFLM gives a tokenizer without a pad token one.
+
+    Raises:
+        EvaluationError: a log-likelihood is NaN or infinite, or a logit is while generating; names task and document.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> None:
+        self.truncated_requests = 0
+        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """[(log-likelihood in nats, whether greedy decoding gives the continuation)], one per request."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        _check(requests, [value for value, _ in answers])
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood in nats of each whole text."""
+        values: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        _check(requests, values)
+        return values
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        """The generated texts. A NaN would be read as some token by argmax, so logits are watched on the way."""
+        tasks = sorted({str(request.task_name) for request in requests})
+        watch = self.model.get_output_embeddings().register_forward_hook(_refuse_non_finite(tasks))
+        try:
+            texts: list[str] = super().generate_until(requests, disable_tqdm=True)
+        finally:
+            watch.remove()
+        return texts
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        limit = self.max_length + 1
+        self.truncated_requests += sum(len(context) + len(target) > limit for _, context, target in requests)
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)  # type: ignore[no-any-return]
+
+
+def _check(requests: Sequence[Any], values: Sequence[float]) -> None:
+    problems: dict[tuple[str, int], Problem] = {}
+    for request, value in zip(requests, values, strict=True):
+        key = (str(request.task_name), int(request.doc_id))
+        if not math.isfinite(value) and key not in problems:
+            message = f"a log-likelihood is {value}, so there is no score"
+            problems[key] = Problem(f"task {key[0]}, document {key[1]}", message)
+    if problems:
+        shown = list(problems.values())[:5]
+        more = [Problem("", f"and {len(problems) - 5} more documents")] if len(problems) > 5 else []
+        raise EvaluationError([*shown, *more])
+
+
+def _refuse_non_finite(tasks: Sequence[str]) -> Any:
+    def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        if not bool(torch.isfinite(output).all()):
+            raise EvaluationError(Problem(f"task {', '.join(tasks)}", "a logit is not finite while generating"))
+
+    return hook

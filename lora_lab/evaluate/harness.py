@@ -1,0 +1,127 @@
+"""The only door to lm-eval: a model object and an `Evaluation` in, metrics and lm-eval's own files out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lora_lab.errors import EvaluationError, LabError, MachineError, Problem
+from lora_lab.evaluate.checked_model import CheckedModel
+from lora_lab.evaluate.heldout import scoring_mode
+from lora_lab.evaluate.readings import read_metrics, task_hashes
+from lora_lab.evaluate.surroundings import console_to, data_cache, kept_random_state
+from lora_lab.evaluate.tasks import PreparedTasks, prepare_tasks
+from lora_lab.record.result import Metric
+from lora_lab.schema.evaluation import Evaluation
+
+# lm-eval's own defaults, said explicitly: few-shot examples are drawn with the last one.
+SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """metrics: `task/metric`, lm-eval's values. missing: name -> why it is absent. facts: what was scored (task versions
+    and hashes, few-shot examples, documents, batch size, seeds, lm-eval's version). seconds: wall time."""
+
+    metrics: dict[str, Metric]
+    missing: dict[str, str]
+    facts: dict[str, Any]
+    seconds: float
+
+
+def evaluate_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation, *, cache: Path, output: Path
+) -> Scores:
+    """Scores `model`, where it is, on the tasks of `evaluation`; held-out rows are not among them (`score_heldout`).
+
+    `output` (made if need be) gets lm-eval's returned mapping as `results.json`, its samples as `samples_TASK.jsonl`, and
+    what it printed as `lm_eval.log`. lm-eval's own caches are never used: their keys lack limit and data revision.
+    Global random state, the model's training flags and the tokenizer are as before afterwards.
+
+    Raises:
+        InputError, IdentityError: see `prepare_tasks`.
+        EvaluationError: a log-likelihood is not finite, or lm-eval refuses.
+    """
+    begin = time.perf_counter()
+    if not evaluation.tasks:
+        return Scores({}, {}, {}, 0.0)
+    tasks = prepare_tasks(evaluation, cache=cache)
+    output.mkdir(parents=True, exist_ok=True)
+    log = output / "lm_eval.log"
+    with (
+        scoring_mode(model),
+        kept_random_state(),
+        console_to(log),
+        data_cache(cache, offline=not (tasks.needs_defaults or evaluation.include_path)),
+    ):
+        lm = CheckedModel(model, tokenizer, batch_size=evaluation.batch_size)
+        results = _simple_evaluate(lm, tasks, evaluation, log=log)
+    _write_files(results, output)
+    metrics, missing = read_metrics(results, chance=tasks.chance)
+    return Scores(metrics, missing, _facts(results, evaluation, lm), time.perf_counter() - begin)
+
+
+def _simple_evaluate(lm: CheckedModel, tasks: PreparedTasks, evaluation: Evaluation, *, log: Path) -> dict[str, Any]:
+    """lm-eval's returned mapping; its errors become ours, naming the log that holds the rest."""
+    try:
+        manager = TaskManager(
+            include_path=[str(folder) for folder in tasks.folders], include_defaults=tasks.needs_defaults
+        )
+        results: dict[str, Any] = simple_evaluate(
+            model=lm,
+            tasks=list(tasks.names),
+            num_fewshot=evaluation.num_fewshot,
+            batch_size=evaluation.batch_size,
+            limit=evaluation.limit,
+            bootstrap_iters=evaluation.bootstrap_iters,
+            apply_chat_template=evaluation.apply_chat_template,
+            log_samples=True,
+            task_manager=manager,
+            **SEEDS,
+        )
+    except (LabError, MemoryError):
+        raise
+    except (ConnectionError, TimeoutError) as error:
+        raise MachineError(f"the data of a task could not be fetched: {_first_line(error)}") from error
+    except (ValueError, KeyError, TypeError, AssertionError, ImportError, OSError) as error:
+        message = f"lm-eval stopped: {type(error).__name__}: {_first_line(error)} (what it printed: {log})"
+        raise EvaluationError(Problem("evaluation.tasks", message)) from error
+    return results
+
+
+def _write_files(results: Mapping[str, Any], output: Path) -> None:
+    """Results and samples exactly as lm-eval returned them, serialised by its own rules."""
+    kept = {key: value for key, value in results.items() if key != "samples"}
+    text = json.dumps(kept, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    (output / "results.json").write_text(text, encoding="utf-8")
+    for task, samples in results["samples"].items():
+        lines = [json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) for sample in samples]
+        (output / f"samples_{task}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _facts(results: Mapping[str, Any], evaluation: Evaluation, lm: CheckedModel) -> dict[str, Any]:
+    return {
+        "lm_eval_version": results["lm_eval_version"],
+        "task_versions": dict(results["versions"]),
+        "task_hashes": task_hashes(results["samples"]),
+        "num_fewshot": dict(results["n-shot"]),
+        "documents": {task: counts["effective"] for task, counts in results["n-samples"].items()},
+        "batch_size": evaluation.batch_size,
+        "apply_chat_template": evaluation.apply_chat_template,
+        "truncated_requests": lm.truncated_requests,
+        "seeds": SEEDS,
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]

@@ -1,0 +1,90 @@
+"""Composing once per choice of groups and setting values on the plain mapping equals full composition by Hydra."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hydra.types import RunMode
+
+from lora_lab.app.compose import Composer, config_loader, plain_mapping
+from lora_lab.errors import InputError
+
+POINTS = [
+    [],
+    ["rank=4"],
+    ["rank=4", "alpha=r/2", "seed=3", "learning_rate=1e-4"],
+    ["optimizer=sgd", "optimizer.momentum=0.5", "optimizer.nesterov=true"],
+    ["target=[query,mlp,head]", "model.tie_embeddings=false"],
+    ["target=attention", "target.modules=[lm_head]"],
+    ["method=qlora", "quantization.double_quantization=false"],
+    ["method=qlora", "optimizer=lion"],
+    ["scheduler=wsd", "scheduler.warmup_steps=null", "scheduler.warmup_ratio=0.1"],
+    ["data=jsonl", "data.path='a b.jsonl'", "data.heldout_path=null"],
+    ["debug=one_step", "training.batch_size=4", "training.micro_batch_size=2"],
+    ["data.mixture={chain_sum: 2.0}"],
+    ["seeds.data=5", "seeds.init=${seed}"],
+    ["model=llama2_7b", "training.gradient_checkpointing=sqrt", "training.precision=bf16"],
+    ["evaluation.tasks=[prose_completion]", "tag='r=1'"],
+]
+
+
+@pytest.mark.parametrize("point", POINTS, ids=" ".join)
+def test_equals_full_composition(composer: Composer, point: list[str]) -> None:
+    whole = plain_mapping(config_loader().load_configuration("config", point, RunMode.RUN))
+    assert composer.compose(point).mapping == whole
+
+
+def test_points_do_not_leak_into_each_other(composer: Composer) -> None:
+    composer.compose(["rank=4", "seeds.data=9"])
+    assert composer.compose([]).mapping["rank"] == 8
+    assert composer.compose([]).mapping["seeds"]["data"] is None
+
+
+def test_values_cost_next_to_nothing(composer: Composer) -> None:
+    """Group choices cost a composition each; 500 points that differ in values must not."""
+    composer.compose(["optimizer=sgd"])
+    start = time.perf_counter()
+    composer.compose(["optimizer=lion"])
+    one_choice = time.perf_counter() - start
+    start = time.perf_counter()
+    for seed in range(500):
+        composer.compose(["optimizer=sgd", f"seed={seed}"])
+    assert time.perf_counter() - start < 20 * one_choice
+
+
+def test_study_values_come_under_the_command_line(composer: Composer) -> None:
+    under = {"rank": 32, "target": ["query", "mlp"], "training.max_steps": 7, "optimizer": "sgd"}
+    mapping = composer.compose(["rank=4", "optimizer=adamw"], under=under).mapping
+    assert mapping["rank"] == 4
+    assert mapping["training"]["max_steps"] == 7
+    assert mapping["target"]["mlp"] and mapping["target"]["query"] and not mapping["target"]["value"]
+    assert mapping["optimizer"]["kind"] == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("point", "said"),
+    [
+        (["lrr=0.1"], "lrr: unknown key"),
+        (["learning_rat=0.1"], 'did you mean "learning_rate"'),
+        (["training.batchsize=4"], 'did you mean "batch_size"'),
+        (["optimizer=adam"], 'did you mean "adamw"'),
+        (["optimizer="], "optimizer: empty value"),
+        (["target=[query,typo]"], 'no such choice "typo"'),
+        (["+rak=3"], 'did you mean "rank"'),
+        (["data=jsonl"], "data.path: a value is needed"),
+        (["tag=${oc.env:NO_SUCH_VARIABLE}"], "NO_SUCH_VARIABLE"),
+        (["tag=${nope}"], "nope"),
+        (["tag=${study}", "study=${tag}"], "study -> tag -> study"),
+    ],
+)
+def test_says_what_is_wrong(composer: Composer, point: list[str], said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        composer.compose(point)
+    assert said in str(caught.value)
+
+
+def test_says_everything_at_once(composer: Composer) -> None:
+    with pytest.raises(InputError) as caught:
+        composer.compose(["lrr=1", "training.epoch=3"])
+    assert len(caught.value.problems) == 2
