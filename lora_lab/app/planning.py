@@ -69,11 +69,14 @@ def _read_all(points: Sequence[Composition]) -> tuple[list[Lab], list[Trial]]:
     problems: dict[Problem, None] = {}
     for point in points:
         lab_part, trial_part = _split(point.mapping)
-        for read, values, into in ((read_lab, lab_part, labs), (_read_known, trial_part, trials)):
-            try:
-                into.append(read(values))  # type: ignore[operator, attr-defined]
-            except InputError as error:
-                problems.update(dict.fromkeys(error.problems))
+        try:
+            labs.append(read_lab(lab_part))
+        except InputError as error:
+            problems.update(dict.fromkeys(error.problems))
+        try:
+            trials.append(with_known_shape(read_trial(trial_part)))
+        except InputError as error:
+            problems.update(dict.fromkeys(error.problems))
     if problems:
         raise InputError(problems)
     return labs, trials
@@ -82,10 +85,6 @@ def _read_all(points: Sequence[Composition]) -> tuple[list[Lab], list[Trial]]:
 def _split(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     lab = {key: value for key, value in mapping.items() if key in LAB_KEYS}
     return lab, {key: value for key, value in mapping.items() if key not in LAB_KEYS}
-
-
-def _read_known(values: Mapping[str, Any]) -> Trial:
-    return with_known_shape(read_trial(values))
 
 
 def _one_lab(labs: Sequence[Lab]) -> Lab:

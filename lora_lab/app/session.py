@@ -16,7 +16,8 @@ from lora_lab.app.compose import Composer, Composition, plain_mapping
 from lora_lab.app.locations import sweep_folders
 from lora_lab.errors import InputError, Problem
 from lora_lab.plan.expand import count, expand
-from lora_lab.schema.study import Study, find_study, read_study
+from lora_lab.plan.study_file import find_study, read_study
+from lora_lab.schema.study import Study
 
 
 @dataclass(frozen=True, slots=True)

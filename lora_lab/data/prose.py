@@ -6,6 +6,7 @@ Its text changes with the Python version, so its hash belongs to the identity of
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from functools import cache
 from pydoc_data.topics import topics
@@ -35,9 +36,8 @@ def prose_passages(words: int, *, passage_words: int) -> list[str]:
     starts = [match.start() for match in re.finditer(r"\S+", prose_text())]
     starts.append(len(prose_text()))
     cuts = [*range(0, min(words, len(starts) - 1), passage_words), min(words, len(starts) - 1)]
-    return [
-        prose_text()[starts[begin] : starts[end]].rstrip() for begin, end in zip(cuts, cuts[1:], strict=False) if end > begin
-    ]
+    pieces = itertools.pairwise(dict.fromkeys(cuts))
+    return [prose_text()[starts[begin] : starts[end]].rstrip() for begin, end in pieces]
 
 
 def prose_sentences() -> list[str]:

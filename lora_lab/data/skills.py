@@ -1,8 +1,8 @@
 """Instruction/answer rows made by reasoning-gym from seeds: the data that needs no network.
 
-Every prompt belongs to one *side*, decided by a hash of the prompt itself: a quarter of all prompts is held out, the rest
-is for training. So training rows never meet held-out rows or evaluation documents, whatever the seeds and sizes, and
-`load_skills` checks it. A few skills are in no mixture: they are kept for the task `skills_unseen`.
+Every prompt belongs to one *side*, decided by a hash of the prompt itself: a quarter of all prompts is held out, the
+rest is for training. So training rows never meet held-out rows or evaluation documents, whatever the seeds and sizes,
+and `load_skills` checks it. A few skills are in no mixture: they are kept for the task `skills_unseen`.
 
 Torch-free. `reasoning_gym` takes a second to import and every plan of a sweep passes through here to check the version,
 so the import sits in the one function that generates.
@@ -122,8 +122,8 @@ def load_skills(data: SkillsData) -> Rows:
 def generate_skills(mixture: Mapping[str, float], *, size: int, seed: int, side: Side) -> list[Row]:
     """`size` different rows of one side, in a seeded order.
 
-    Each skill gets its share of `size` by weight (largest remainder, so shares are exact to one row). The same arguments
-    give the same rows in every process; a larger `size` keeps the rows that each skill had.
+    Each skill gets its share of `size` by weight (largest remainder, so shares are exact to one row). The same
+    arguments give the same rows in every process; a larger `size` keeps the rows that each skill had.
 
     Raises:
         DataError: a skill ran out of different prompts; names it.
@@ -187,7 +187,7 @@ def _derived_seed(seed: int, label: str) -> int:
 
 
 def _generator(name: str, *, seed: int) -> Callable[[int], tuple[str, str]]:
-    """Index to (prompt, answer) of one skill; importing reasoning-gym prints warnings that concern none of our skills."""
+    """Index to (prompt, answer) of one skill. Importing reasoning-gym prints warnings that concern none of ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = logging.root.manager.disable

@@ -108,12 +108,13 @@ def _read(store: Path, identity: str) -> dict[str, OfficialTask] | None:
 
 
 def _scan(root: Path) -> dict[str, OfficialTask]:
+    """Entries by name; where a name occurs twice the first file counts, in lm-eval's order of files."""
     entries: dict[str, OfficialTask] = {}
     tags: dict[str, list[str]] = {}
     parsed: dict[Path, dict[str, Any]] = {}
-    for path in sorted(root.glob("**/*.yaml"), key=lambda path: path.as_posix()):
+    for path in sorted(root.glob("**/*.yaml"), key=Path.as_posix):
         config = _with_includes(path, parsed)
-        name = config.get("group") if "class" not in config and "group" in config else config.get("task")
+        name = config.get("group") if _is_group(config) else config.get("task")
         if not isinstance(name, str) or name in entries:
             continue
         entries[name] = _entry(config, path)
@@ -131,7 +132,7 @@ def _scan(root: Path) -> dict[str, OfficialTask]:
 
 def _entry(config: Mapping[str, Any], path: Path) -> OfficialTask:
     members = config.get("task")
-    is_group = "class" not in config and "group" in config
+    is_group = _is_group(config)
     shots = config.get("num_fewshot")
     return OfficialTask(
         kind="group" if is_group else "task",
@@ -141,6 +142,10 @@ def _entry(config: Mapping[str, Any], path: Path) -> OfficialTask:
         num_fewshot=shots if isinstance(shots, int) else None,
         splits={key: value if isinstance(value := config.get(key), str) else None for key in _SPLITS},
     )
+
+
+def _is_group(config: Mapping[str, Any]) -> bool:
+    return "class" not in config and "group" in config
 
 
 def _with_includes(path: Path, parsed: dict[Path, dict[str, Any]]) -> dict[str, Any]:

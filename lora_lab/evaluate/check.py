@@ -1,4 +1,4 @@
-"""Everything about an evaluation that can be known to be wrong before a model loads. Imports neither torch nor lm-eval."""
+"""What can be known to be wrong about an evaluation before a model loads. Imports neither torch nor lm-eval."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Located:
 
 
 def check_evaluation(evaluation: Evaluation, *, cache: Path) -> None:
-    """Raises InputError with everything wrong with `evaluation`: unknown or repeated tasks, tasks that run code, few-shot
-    counts that a task ignores, task files with code, a mirror without the data, more prose than there is.
+    """Raises InputError with everything wrong with `evaluation`: unknown or repeated tasks, tasks that run code,
+    few-shot counts that a task ignores, task files with code, a mirror without the data, more prose than there is.
 
     No tasks and no held-out rows is allowed: such a run is about time and memory, and its metrics stay empty.
     """

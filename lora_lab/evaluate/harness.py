@@ -30,8 +30,8 @@ SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234,
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """metrics: `task/metric`, lm-eval's values. missing: name -> why it is absent. facts: what was scored (task versions
-    and hashes, few-shot examples, documents, batch size, seeds, lm-eval's version). seconds: wall time."""
+    """metrics: `task/metric`, lm-eval's values. missing: name -> why it is absent. facts: what was scored (task
+    versions and hashes, few-shot examples, documents, batch size, seeds, lm-eval's version). seconds: wall time."""
 
     metrics: dict[str, Metric]
     missing: dict[str, str]
@@ -44,8 +44,8 @@ def evaluate_model(
 ) -> Scores:
     """Scores `model`, where it is, on the tasks of `evaluation`; held-out rows are not among them (`score_heldout`).
 
-    `output` (made if need be) gets lm-eval's returned mapping as `results.json`, its samples as `samples_TASK.jsonl`, and
-    what it printed as `lm_eval.log`. lm-eval's own caches are never used: their keys lack limit and data revision.
+    `output` (made if need be) gets lm-eval's returned mapping as `results.json`, its samples as `samples_TASK.jsonl`,
+    and what it printed as `lm_eval.log`. lm-eval's own caches are never used: their keys lack limit and data revision.
     Global random state, the model's training flags and the tokenizer are as before afterwards.
 
     Raises:

@@ -42,14 +42,14 @@ def score_heldout(
 ) -> HeldoutScores:
     """Token-weighted loss and exact match of `model` on `encoded`.
 
-    `heldout/loss` (nats/token): sum of the loss of all loss tokens over their number. Its standard error covers the rows
-    by the ratio estimator (Cochran 1977, section 6.4): with l_i, n_i the loss and tokens of row i and R = sum l / sum n,
-    se = sqrt(m / (m - 1) * sum (l_i - R n_i)^2) / sum n, for m rows; None for one row.
+    `heldout/loss` (nats/token): sum of the loss of all loss tokens over their number. Its standard error covers the
+    rows by the ratio estimator (Cochran 1977, chapter 6): with l_i, n_i the loss and tokens of row i and
+    R = sum l / sum n, se = sqrt(m / (m - 1) * sum (l_i - R n_i)^2) / sum n, for m rows; None for one row.
 
-    `heldout/exact_match` (fraction): rows whose every loss token, the end of the turn included, is the argmax given the
-    true tokens before it. With the loss on answers that is the share of rows where greedy generation gives exactly the
-    answer: as long as every token was right, generation has seen the true tokens, so both stop agreeing at the same
-    token, or never. Rows cut at max_length have lost their end and do not count.
+    `heldout/exact_match` (fraction): rows whose every loss token, the end of the turn included, is the argmax given
+    the true tokens before it. With the loss on answers that is the share of rows where greedy generation gives exactly
+    the answer: as long as every token was right, generation has seen the true tokens, so both stop agreeing at the
+    same token, or never. Rows cut at max_length have lost their end and do not count.
 
     Raises:
         EvaluationError: a loss is NaN or infinite; names the row.
@@ -93,7 +93,7 @@ def _score_batch(
     losses = nn.functional.cross_entropy(wide, targets, reduction="none")
     right = logits.argmax(-1) == targets
     counts = [encoded[index].loss_tokens for index in indices]
-    rows = zip(indices, losses.split(counts), right.split(counts), counts, strict=True)
+    rows = zip(indices, torch.split(losses, counts), torch.split(right, counts), counts, strict=True)
     return {
         index: ExampleScore(index, _finite(float(loss.sum(dtype=torch.float64)), index), count, bool(correct.all()))
         for index, loss, correct, count in rows

@@ -1,7 +1,7 @@
 """Documents of the tasks that need no network: multiple choice over skills, completion and perplexity on prose.
 
-In both kinds of multiple choice a model that never reads the question scores exactly chance on average: the right answers
-are spread evenly over the answers there are, wrong ones are drawn from the same set, and the place is drawn too.
+In both kinds of multiple choice a model that never reads the question scores chance on average: the right answers are
+spread evenly over the answers there are, wrong ones are drawn from the same set, and the place is drawn too.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def _skill_documents(name: str, count: int, *, seed: int) -> Iterator[Document]:
     pool = list(itertools.islice(skill_rows(name, seed=seed, side="heldout"), size))
     answers = sorted({row.answer for row in pool})
     if len(pool) < count or len(answers) < CHOICES:
-        message = f"{name} has {len(pool)} held-out questions with {len(answers)} answers, too few for {count} documents"
+        have = f"{len(pool)} held-out questions with {len(answers)} answers"
+        message = f"{name} has {have}, too few for {count} documents"
         raise DataError(Problem("evaluation.skills.documents", message))
     for row in _evenly(pool, answers, count, generator):
         wrong = generator.sample([answer for answer in answers if answer != row.answer], CHOICES - 1)

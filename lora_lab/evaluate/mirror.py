@@ -1,15 +1,15 @@
 """Official tasks on a local folder of official rows: `evaluation.mirror=DIR`. Torch-free.
 
-DIR holds JSON-lines files and a MANIFEST.csv with at least the columns `split`, `file`, `sha256` and `lm_eval_task` (one
-name, or several with commas). A task file written here includes lm-eval's own file by absolute path, keeps its name and
-points its data at the mirror, so that prompts and metrics are lm-eval's.
+DIR holds JSON-lines files and a MANIFEST.csv with at least the columns `split`, `file`, `sha256` and `lm_eval_task`
+(one name, or several with commas). A task file written here includes lm-eval's own file by absolute path, keeps its
+name and points its data at the mirror, so that prompts and metrics are lm-eval's.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,8 @@ def mirror_configs(mirror: Mirror, catalogue: Catalogue, names: Sequence[str]) -
 
 def mirror_identity(mirror: Mirror, catalogue: Catalogue, names: Sequence[str]) -> str:
     """SHA-256 over the declared hashes of all files that `names` read."""
-    lines = {
-        f"{task} {file.split} {file.sha256}" for name in names for task in leaves(catalogue, name)[0] for file in mirror[task]
-    }
+    tasks = {task for name in names for task in leaves(catalogue, name)[0]}
+    lines = {f"{task} {file.split} {file.sha256}" for task in tasks for file in mirror.get(task, ())}
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -123,7 +122,7 @@ def _evaluated_splits(catalogue: Catalogue, mirror: Mirror, task: str) -> list[s
     return [split for split in named[:1] if split in present]
 
 
-def _verify(files: Any) -> None:
+def _verify(files: Iterable[MirrorFile]) -> None:
     problems = []
     for file in files:
         if not file.path.is_file():

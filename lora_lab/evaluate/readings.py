@@ -1,4 +1,4 @@
-"""lm-eval's returned mapping as metrics with units. Torch-free, lm-eval-free: works on a stored results.json as well."""
+"""lm-eval's returned mapping as metrics with units. Needs neither torch nor lm-eval."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def read_metrics(
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """`task/metric` -> Metric, and the names that are missing with the reason.
 
-    A filter other than `none` stays in the name, as lm-eval writes it: `gsm8k/exact_match,strict-match`. Standard errors
-    are lm-eval's, None where it computed none. `chance`: by task, for `acc` and `acc_norm`; else one over the number of
-    choices, where lm-eval's samples show a plain multiple choice.
+    A filter other than `none` stays in the name, as lm-eval writes it: `gsm8k/exact_match,strict-match`. Standard
+    errors are lm-eval's, None where it computed none. `chance`: by task, for `acc` and `acc_norm`; else one over the
+    number of choices, where lm-eval's samples show a plain multiple choice.
     """
     metrics: dict[str, Metric] = {}
     missing: dict[str, str] = {}

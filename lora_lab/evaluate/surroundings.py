@@ -1,4 +1,4 @@
-"""What lm-eval would change around us, held still: global random state, printing, caches in the home folder, the network."""
+"""What lm-eval would change around us, held still: global random state, the console, caches at home, the network."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Task files of the user's own (`evaluation.include_path`): values only, never code. Torch-free.
 
-lm-eval runs Python on loading a task file (`!function`, `class`) or on scoring (`unsafe_code`, scripts from a hub). Here
-such a file is refused before lm-eval sees it, and so is everything it includes.
+lm-eval runs Python on loading a task file (`!function`, `class`) or on scoring (`unsafe_code`, scripts from a hub).
+Here such a file is refused before lm-eval sees it, and so is everything it includes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Logits of the tokens that count, and of no others.
 
-The output embedding is the widest matrix product of a small model, and a prompt token's logits are never looked at. A hook
-in front of the output embedding keeps only the hidden states that predict a loss token; whatever the model does to logits
-afterwards (scale, soft cap, an adapter on the head) still applies, because the model itself runs it.
+The output embedding is the widest matrix product of a small model, and a prompt token's logits are never looked at. A
+hook in front of the output embedding keeps only the hidden states that predict a loss token; whatever the model does to
+logits afterwards (scale, soft cap, an adapter on the head) still applies, because the model itself runs it.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from lora_lab.errors import InputError, Problem
 
 SIZE_LIMIT_BYTES = 1_000_000
 _DEPTH_LIMIT = 20
+_NODE_LIMIT = 50_000  # parsing takes about 15 microseconds a node
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = (
@@ -84,6 +85,7 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - none of PyYAML's own
     _depth = 0
+    _nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
@@ -92,6 +94,9 @@ class _Loader(yaml.SafeLoader):
         if event.tag is not None:
             shown = str(event.tag).replace(_TAG, "!!")[:100]
             self._refuse(event, f"the tag {shown} is not taken; write plain values")
+        self._nodes += 1
+        if self._nodes > _NODE_LIMIT:
+            self._refuse(event, f"more than {_NODE_LIMIT:,} keys and values")
         self._depth += 1
         if self._depth > _DEPTH_LIMIT:
             self._refuse(event, f"nested more than {_DEPTH_LIMIT} levels deep")

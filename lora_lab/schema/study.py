@@ -31,6 +31,8 @@ def _as_tuple(value: object) -> object:
 def _value(value: object) -> object:
     if isinstance(value, Mapping):
         raise ValueError("expected a value or a list of values, got a mapping; write nested keys with dots: a.b: 1")
+    if isinstance(value, (list, tuple)) and any(isinstance(item, (list, tuple, Mapping)) for item in value):
+        raise ValueError("a list that is one value may hold only text, numbers, true, false and null")
     return _as_tuple(value)
 
 

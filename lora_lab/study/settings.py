@@ -10,19 +10,27 @@ from lora_lab.record.flat import dotted
 
 # The keys whose values make trials of one setting differ.
 _SEEDS = re.compile(r"seed|seeds\..*")
+_OF_BASE = re.compile(r"(model|method|quantization|data|evaluation)\.|training\.precision$")
 _SEED_IN_NAME = re.compile(r"-s\d+$")
 ABSENT = "(absent)"
 
 
+def is_base(trial: Mapping[str, Any]) -> bool:
+    """Whether nothing is trained: row zero of a study."""
+    return bool(trial["method"]["kind"] == "base")
+
+
 def setting_values(trial: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys of a trial without its seeds."""
-    return {key: value for key, value in dotted(trial).items() if not _SEEDS.fullmatch(key)}
+    """Dotted keys of a trial without its seeds; of an untouched base only what it depends on."""
+    flat = {key: value for key, value in dotted(trial).items() if not _SEEDS.fullmatch(key)}
+    return {key: value for key, value in flat.items() if _OF_BASE.match(key)} if is_base(trial) else flat
 
 
 def varying_keys(values: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys that do not have one and the same value everywhere, in order of appearance."""
+    """Keys with more than one value among the settings that have them, in order of appearance."""
     keys = list(dict.fromkeys(key for one in values for key in one))
-    return [key for key in keys if any(one.get(key, ABSENT) != values[0].get(key, ABSENT) for one in values)]
+    present = {key: [one[key] for one in values if key in one] for key in keys}
+    return [key for key, found in present.items() if any(value != found[0] for value in found)]
 
 
 def unique_names(names: Sequence[str], values: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> list[str]:

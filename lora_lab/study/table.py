@@ -17,7 +17,7 @@ from lora_lab.record.result import Metric, Result, Status
 from lora_lab.record.run_record import RunRecord
 from lora_lab.study.cost import cost_of
 from lora_lab.study.interval import Interval, t_interval
-from lora_lab.study.settings import setting_values, unique_names, varying_keys
+from lora_lab.study.settings import is_base, setting_values, unique_names, varying_keys
 
 # With fewer seeds an interval says nothing; the points are shown.
 _SEEDS_FOR_INTERVAL = 3
@@ -208,7 +208,7 @@ def _row(
     return SettingRow(
         name=name,
         setting=str(records[0].setting),
-        is_base=records[0].trial["method"]["kind"] == "base",
+        is_base=is_base(records[0].trial),
         axes=axes,
         statuses=dict(Counter(str(record.state) for record in records)),
         reasons=tuple(f"{record.name}: {reason}" for record in records if (reason := _reason(record))),
@@ -255,4 +255,4 @@ def _cell(name: str, completed: Sequence[tuple[RunRecord, Result]]) -> Cell:
 
 def _seed(record: RunRecord) -> int | None:
     """The trial's seed; None for an untouched base, whose scores do not depend on it."""
-    return None if record.trial["method"]["kind"] == "base" else record.trial["seed"]
+    return None if is_base(record.trial) else record.trial["seed"]

@@ -42,7 +42,8 @@ def _build(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name == "gpt2":
         ends = {"bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, **ends))
+        shape = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+        model = GPT2LMHeadModel(GPT2Config(**shape, **ends))
     elif name == "gemma2":
         model = Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=0.05))
     elif name == "cohere":

@@ -61,7 +61,9 @@ def leaf(name: str) -> dict[str, Any]:
     return loaded
 
 
-def trial(model: str, *, method: str = "lora", parts: tuple[str, ...] = QV, rank: int = 8, **model_values: Any) -> Trial:
+def trial(
+    model: str, *, method: str = "lora", parts: tuple[str, ...] = QV, rank: int = 8, **model_values: Any
+) -> Trial:
     return trial_of(model={**leaf(model), **model_values}, method={"kind": method}, parts=parts, rank=rank)
 
 
@@ -108,7 +110,7 @@ def test_unknown_shape_has_no_counts() -> None:
 
 
 def test_quantized_llama_2_7b() -> None:
-    """6,476,005,376 quantizable weights; with 262,410,240 more in bf16: 4.168 GB as NF4, 3.866 GB with double quantization."""
+    """6,476,005,376 weights can be quantized; with the others in bf16: 4.168 GB as NF4, 3.866 GB double quantized."""
     shape = trial("llama2_7b").model.shape
     assert shape is not None
     plain = quantized_bytes(shape, double_quantization=False)
@@ -128,7 +130,7 @@ def test_quantizable_weights_of_the_embedded_model() -> None:
 
 
 def test_rows_above_are_those_of_the_findings() -> None:
-    """The numbers are copied here so that this test needs no other folder; where the source is present, they must agree."""
+    """The numbers are copied here so that no other folder is needed; where their source is present, they must agree."""
     if not FINDINGS.is_file():
         pytest.skip(f"no research notes at {FINDINGS}")
     entries = {entry["id"]: entry for entry in yaml.safe_load(FINDINGS.read_text())["entries"]}

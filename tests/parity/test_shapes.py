@@ -1,4 +1,4 @@
-"""Names, sizes and counts from a shape alone, against real models of transformers, PEFT adapters and bitsandbytes tensors."""
+"""Names, sizes and counts from a shape, against real models of transformers, PEFT adapters, bitsandbytes tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_lab.plan.targets import name_matches, part_suffixes, select_modules
 from lora_lab.schema.method import PARTS, Target
 from lora_lab.schema.model import Shape
 
-# Every size differs from every other, so that no two can be confused; head_dim is not hidden / heads where that is allowed.
+# Every size differs from every other, so that no two can be confused; head_dim is not hidden / heads where it may.
 _SIZES: dict[str, Any] = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -31,7 +31,15 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-_GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 4, "vocab_size": 70, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 1}
+_GPT2 = {
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 70,
+    "n_positions": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 CONFIGS = {
     "llama": LlamaConfig(**_SIZES, head_dim=10),
     "llama_tied": LlamaConfig(**_SIZES, tie_word_embeddings=True),
@@ -87,7 +95,9 @@ def test_untying_adds_one_copy_of_the_embedding() -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2_untied"])
-@pytest.mark.parametrize("parts", [PARTS, ("query", "key", "value"), ("projection",), ("mlp",), ("head",), ("embedding",)])
+@pytest.mark.parametrize(
+    "parts", [PARTS, ("query", "key", "value"), ("projection",), ("mlp",), ("head",), ("embedding",)]
+)
 def test_adapter_widths_equal_peft(name: str, dora: bool, parts: tuple[str, ...]) -> None:
     model, shape, rank = build(name), shape_of(CONFIGS[name]), 3
     target = Target(**{part: part in parts for part in PARTS}, modules=())

@@ -14,6 +14,7 @@ from lora_lab.models.generate import generate
 from lora_lab.models.load import LoadedBase, load_base
 from lora_lab.schema.method import Quantization
 from lora_lab.schema.model import RandomModel
+from tests.conftest import MakeTrial
 from tests.unit.test_models_random import tiny_shape
 
 
@@ -96,7 +97,7 @@ def test_generation_is_greedy_and_leaves_the_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-def test_the_embedded_model_speaks(make_trial, cache: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_embedded_model_speaks(make_trial: MakeTrial, cache: Path) -> None:
     trial = make_trial("model=smollm2_135m")
     base = load_base(trial.model, precision="fp32", quantization=trial.quantization, device="cpu", cache=cache)
     assert base.facts["base_parameters"] == 134_515_008  # published

@@ -45,13 +45,11 @@ def jsonl(path: Path, heldout: Path | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-
-
 def test_declared_identities_need_no_file(tmp_path: Path) -> None:
     hub = {"kind": "hub", "name": None, "repo": "a/b", "revision": "abc", "shape": None, "tie_embeddings": None}
     embedded = {
-        "kind": "embedded", "name": "m", "package": "pkg", "package_version": "1.2", "file": "pkg/m.gguf", "sha256": "ff",
-        "shape": SHAPE, "tie_embeddings": None,
+        "kind": "embedded", "name": "m", "package": "pkg", "package_version": "1.2", "file": "pkg/m.gguf",
+        "sha256": "ff", "shape": SHAPE, "tie_embeddings": None,
     }  # fmt: skip
     assert identities_of(trial_of(), cache=tmp_path, extra={"prose": "x"}) == {
         "base": "random", "data": "reasoning-gym 0.1.25", "prose": "x",
@@ -193,7 +191,9 @@ def test_the_shape_comes_from_the_folder(model_folder: Path) -> None:
     assert known.model.shape.model_dump() == SHAPE
     assert with_known_shape(known) == known
     wrong = folder_model(model_folder, shape={**SHAPE, "num_layers": 3})
-    with pytest.raises(InputError, match=r"model\.shape\.num_layers: given as 3, but config\.json of the folder says 2"):
+    with pytest.raises(
+        InputError, match=r"model\.shape\.num_layers: given as 3, but config\.json of the folder says 2"
+    ):
         with_known_shape(trial_of(model=wrong))
     (model_folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "opt"}))
     assert with_known_shape(trial_of(model=folder_model(model_folder))).model.shape is None

@@ -53,7 +53,10 @@ def test_warmup_ratio_rounds_as_transformers_does(ratio: float, steps: int, tmp_
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        ({"kind": "linear", "warmup_steps": 10, "warmup_ratio": None}, "warm-up of 10 steps does not end within the 10"),
+        (
+            {"kind": "linear", "warmup_steps": 10, "warmup_ratio": None},
+            "warm-up of 10 steps does not end within the 10",
+        ),
         ({"kind": "constant", "warmup_steps": None, "warmup_ratio": 0.95}, "warm-up of 10 steps does not end"),
         (
             {"kind": "wsd", "warmup_steps": 6, "warmup_ratio": None, "decay_ratio": 0.5, "floor": 0.0},

@@ -1,4 +1,4 @@
-"""Names, differences and rows of a plan; and that planning needs no torch and little time. Also the trial other tests vary."""
+"""Names, differences and rows of a plan; that planning needs no torch and little time. Also the trial others vary."""
 
 from __future__ import annotations
 
@@ -111,7 +111,10 @@ def test_a_key_that_only_one_has_is_absent_not_null() -> None:
 
 def test_varying_keys() -> None:
     assert varying_keys([]) == []
-    assert varying_keys([trial_of(seed=seed, rank=rank, alpha=8) for seed in (0, 1) for rank in (2, 4)]) == ["rank", "seed"]
+    assert varying_keys([trial_of(seed=seed, rank=rank, alpha=8) for seed in (0, 1) for rank in (2, 4)]) == [
+        "rank",
+        "seed",
+    ]
 
 
 def test_rows_tell_new_done_and_duplicate() -> None:
@@ -147,7 +150,11 @@ def test_the_base_has_no_steps_and_nothing_to_train() -> None:
 
 def test_problems_of_all_jobs_are_shown_together() -> None:
     late = {"kind": "linear", "warmup_steps": 26, "warmup_ratio": None}
-    jobs = [job(trial_of(target={"modules": ["q_prj"]})), job(trial_of(scheduler=late)), job(trial_of(scheduler=late, rank=2))]
+    jobs = [
+        job(trial_of(target={"modules": ["q_prj"]})),
+        job(trial_of(scheduler=late)),
+        job(trial_of(scheduler=late, rank=2)),
+    ]
     with pytest.raises(InputError) as caught:
         plan_rows(jobs, done=())
     assert [problem.where for problem in caught.value.problems] == ["target.modules", "scheduler"]
@@ -161,7 +168,8 @@ import lora_lab.plan, lora_lab.schema
 for package in (lora_lab.plan, lora_lab.schema):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
-print(sorted({"torch", "transformers", "peft", "bitsandbytes", "numpy", "hydra", "omegaconf", "lm_eval"} & set(sys.modules)))
+heavy = {"torch", "transformers", "peft", "bitsandbytes", "numpy", "hydra", "omegaconf", "lm_eval", "datasets"}
+print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

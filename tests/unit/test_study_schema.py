@@ -33,7 +33,8 @@ def test_only_question_and_grids_are_needed() -> None:
 
 
 def test_the_first_axis_varies_slowest_and_the_seed_fastest() -> None:
-    assert [(p["rank"], p["target"], p["seed"]) for p in points({"rank": [2, 8], "target": ["qv", "mlp"]}, seeds=[0, 1])] == [
+    made = points({"rank": [2, 8], "target": ["qv", "mlp"]}, seeds=[0, 1])
+    assert [(p["rank"], p["target"], p["seed"]) for p in made] == [
         (2, "qv", 0), (2, "qv", 1), (2, "mlp", 0), (2, "mlp", 1),
         (8, "qv", 0), (8, "qv", 1), (8, "mlp", 0), (8, "mlp", 1),
     ]  # fmt: skip
@@ -48,7 +49,12 @@ def test_zipped_axes_walk_together_beside_a_product() -> None:
 
 
 def test_grids_follow_each_other_and_override_the_base() -> None:
-    made = points({"rank": [2]}, {"quantization": ["nf4"], "rank": [8]}, {}, base={"model": "gpt2", "rank": 1, "training.epochs": 2})
+    made = points(
+        {"rank": [2]},
+        {"quantization": ["nf4"], "rank": [8]},
+        {},
+        base={"model": "gpt2", "rank": 1, "training.epochs": 2},
+    )
     shared = {"model": "gpt2", "training.epochs": 2}
     assert made == [{**shared, "rank": 2}, {**shared, "rank": 8, "quantization": "nf4"}, {**shared, "rank": 1}]
 
@@ -80,13 +86,13 @@ def test_a_million_points_are_counted_without_being_made() -> None:
         ({"grids": [{"rank": []}]}, "grids.0.rank", "no values"),
         ({"grids": [{"rank": 8}]}, "grids.0.rank", "such as [8, 16]; got [8] without brackets"),
         ({"grids": [{"rank": [{"a": 1}]}]}, "grids.0.rank.0", "got a mapping; write nested keys with dots"),
-        ({"grids": [{"rank": [[[1]]]}]}, "grids.0.rank.0", ""),
+        ({"grids": [{"rank": [[[1]]]}]}, "grids.0.rank.0", "may hold only text, numbers"),
         ({"grids": [{"rank": [float("nan")]}]}, "grids.0.rank.0", "finite"),
         ({"grids": [{"a b": [1]}]}, "grids.0", "expected configuration keys"),
         ({"grids": [{"+rank": [1]}]}, "grids.0", "expected configuration keys"),
-        ({"grids": [{"zip": {"rank": [1, 2], "alpha": [1]}}]}, "grids.0", "equally many values; rank has 2, alpha has 1"),
+        ({"grids": [{"zip": {"rank": [1, 2], "alpha": [1]}}]}, "grids.0", "many values; rank has 2, alpha has 1"),
         ({"grids": [{"zip": {}}]}, "grids.0", "zip has no axes"),
-        ({"grids": [{"zip": [1]}]}, "grids.0", ""),
+        ({"grids": [{"zip": [1]}]}, "grids.0", "expected a mapping, got [1]"),
         ({"grids": [{"rank": [1], "zip": {"rank": [1]}}]}, "grids.0", "rank stands both inside and outside"),
         ({"seeds": [0, -1]}, "seeds.1", "must be >= 0"),
         ({"seeds": [True]}, "seeds.0", "got true"),
