@@ -153,12 +153,16 @@ def _carry_out(
             gathered.facts |= base.facts
             attached = attach(base.model, job.trial)
             rows = load_rows(job.trial.data, cache=cache)
-            heldout = encode_rows(rows.heldout, base.tokenizer, job.trial.data)
+            heldout = encode_rows(
+                rows.heldout, base.tokenizer, job.trial.data, vocab_size=base.model.config.vocab_size
+            )
         trainable, total = count_parameters(attached.model)
         gathered.measurements |= {"trainable_parameters": trainable, "total_parameters": total}
         diverged = None
         if job.trial.method.kind != "base":
-            examples = encode_rows(rows.train, base.tokenizer, job.trial.data)
+            examples = encode_rows(
+                rows.train, base.tokenizer, job.trial.data, vocab_size=base.model.config.vocab_size
+            )
             diverged = _train(job, folder, gathered, base, attached, examples, meter=meter, listener=listener)
         if diverged is not None:
             gathered.missing["scores"] = "the run diverged"
@@ -166,9 +170,10 @@ def _carry_out(
         listener.phase("scoring")
         with gathered.timed("evaluate"), meter.phase("evaluate"):
             scores = score_model(
-                attached.model, base.tokenizer, heldout, job.trial.evaluation, cache=cache, output=folder.eval_folder
+                attached.model, base.tokenizer, heldout.examples, job.trial.evaluation, cache=cache, output=folder.eval_folder
             )
         gathered.metrics |= scores.metrics
+        gathered.missing |= scores.missing
         gathered.facts["evaluation"] = scores.facts
         return Status.COMPLETED, None
     finally:

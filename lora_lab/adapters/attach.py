@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -105,16 +107,21 @@ def lora_config(base_model: Any, trial: Trial) -> LoraConfig:
         use_rslora=kind == "rslora",
         use_dora=kind == "dora",
         bias="none",
-        fan_in_fan_out=isinstance(base_model.get_submodule(targets[0]), Conv1D),
+        fan_in_fan_out=_is_transposed(base_model.get_submodule(targets[0])),
         base_model_name_or_path=base_model.name_or_path or None,
         revision=trial.model.revision if isinstance(trial.model, HubModel) else None,
     )
 
 
+def _is_transposed(layer: Any) -> bool:
+    """GPT-2's Conv1D keeps inputs x outputs. PEFT corrects this for each layer that differs from the first."""
+    return isinstance(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer, Conv1D)
+
+
 def _check_magnitudes(model: Any, name: str) -> None:
     problems = []
     for layer, module in model.named_modules():
-        if name not in getattr(module, "lora_magnitude_vector", ()):
+        if not isinstance(module, LoraLayer) or name not in module.lora_magnitude_vector:
             continue
         zeros = int((module.lora_magnitude_vector[name].weight == 0).sum())
         if zeros:
@@ -125,7 +132,7 @@ def _check_magnitudes(model: Any, name: str) -> None:
 
 
 def _seed_dropouts(model: Any, *, name: str, p: float, clock: DropoutClock) -> None:
-    entries = [module.lora_dropout for module in model.modules() if name in getattr(module, "lora_dropout", {})]
+    entries = [m.lora_dropout for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_dropout]
     for index, entry in enumerate(entries):
         entry[name] = SeededDropout(p, clock=clock, index=index)
         entry[name].train(model.training)

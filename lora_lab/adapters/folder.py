@@ -37,6 +37,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     Raises:
         InputError: with every problem found.
     """
+    if not folder.is_dir():
+        raise InputError(Problem(str(folder), "no such folder"))
     problems = _file_problems(folder)
     config: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -52,8 +54,6 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
 
 
 def _file_problems(folder: Path) -> list[Problem]:
-    if not folder.is_dir():
-        return [Problem(str(folder), f"no such folder, so neither {CONFIG_FILE} nor {WEIGHTS_FILE}")]
     problems = []
     if not (folder / CONFIG_FILE).is_file():
         problems.append(Problem(str(folder / CONFIG_FILE), "not found"))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import bitsandbytes
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -82,7 +83,7 @@ def combine(
     # The scalings are in the weights now. PEFT sets alpha = rank, which for rslora would still multiply by sqrt(rank).
     model.peft_config[result].use_rslora = False
     for module in model.modules():
-        if result in getattr(module, "scaling", {}):
+        if isinstance(module, LoraLayer) and result in module.scaling:
             module.scaling[result] = 1.0
             module.use_rslora[result] = False
 
@@ -109,6 +110,8 @@ def _combine_problems(
         )
     if result in configs:
         problems.append(Problem("result", f'there is an adapter "{result}" already'))
+    if "." in result or hasattr(nn.ModuleDict, result):  # PEFT makes the name an attribute of torch modules
+        problems.append(Problem("result", f'"{result}" cannot be the name of an adapter; take another'))
     known = {name: configs[name] for name in names if name in configs}
     problems += [
         Problem("adapters", f"{name} is a DoRA, whose magnitudes cannot be combined; merge it into the base instead")

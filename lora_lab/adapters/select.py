@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +23,7 @@ def find_targets(model: Any, target: Target) -> list[str]:
         InputError: with one problem per part or name that matches no such layer, and for a head or an embedding whose
             weight is also the other's (tied).
     """
-    layers = {name: module for name, module in model.named_modules() if _can_carry(module)}
+    layers = _layers(model)
     wanted = {f"target.{part}": part_suffixes(model.config.model_type)[part] for part in target.parts}
     wanted |= {f"target.modules: {name}": (name,) for name in target.modules}
     chosen: set[str] = set()
@@ -40,17 +41,25 @@ def find_targets(model: Any, target: Target) -> list[str]:
     return [name for name in layers if name in chosen]
 
 
-def _can_carry(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Embedding, Conv1D))
+def _layers(model: Any) -> dict[str, Any]:
+    """Layers that can carry an adapter; one that carries an adapter already counts as itself, its insides do not."""
+    layers: dict[str, Any] = {}
+    inside: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            inside |= {f"{name}.{inner}" for inner, _ in module.named_modules() if inner}
+        plain = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if name not in inside and isinstance(plain, (nn.Linear, nn.Embedding, Conv1D)):
+            layers[name] = plain
+    return layers
 
 
-def _tied_problems(model: Any, layers: dict[str, nn.Module], chosen: set[str]) -> list[Problem]:
+def _tied_problems(model: Any, layers: dict[str, Any], chosen: set[str]) -> list[Problem]:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return []
     rule = (
         "its weight is head and embedding at once (tied), an adapter would change both; use model.tie_embeddings=false"
     )
-    return [
-        Problem("target", f"{name}: {rule}") for name in layers if name in chosen and layers[name] in (head, embedding)
-    ]
+    shared = [name for name in layers if name in chosen and layers[name].weight is head.weight]
+    return [Problem("target", f"{name}: {rule}") for name in shared]

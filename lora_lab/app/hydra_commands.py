@@ -63,7 +63,6 @@ def _replaced(arguments: Sequence[str], before: Sequence[str], after: Sequence[s
 
 
 def _run_hydra(command: str, arguments: Sequence[str]) -> None:
-    @hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
     def task(config: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
 
@@ -73,8 +72,9 @@ def _run_hydra(command: str, arguments: Sequence[str]) -> None:
 
     saved = sys.argv
     sys.argv = [f"lora-lab {command}", *arguments]
+    application = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(task)
     try:
-        task()
+        application()
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(str(error).splitlines()[0]) from None
     finally:

@@ -130,8 +130,8 @@ def _merge_several(model: Any, records: Sequence[RunRecord], options: argparse.N
             raise InputError(Problem(record.run_id, "was trained on another base model than the first run"))
         load_adapter(model, record.adapter_folder, name=f"other{index}")
         names.append(f"other{index}")
-    combined = combine(model, names, weights, kind=options.kind, density=options.density)
-    size = save_adapter(combined, options.output)
+    combine(model, names, weights, kind=options.kind, density=options.density, result="merged")
+    size = save_adapter(model, options.output, name="merged")
     return {
         "output": str(options.output),
         "bytes": size,

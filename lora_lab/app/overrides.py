@@ -116,7 +116,7 @@ def _values(override: Override, *, limit: int) -> list[str]:
 def _size(override: Override, axis: list[str]) -> int:
     sweep = override.value() if override.is_sweep_override() else None
     if isinstance(sweep, RangeSweep) and all(isinstance(part, int) for part in (sweep.start, sweep.stop, sweep.step)):
-        return len(range(sweep.start, sweep.stop, sweep.step))  # type: ignore[arg-type]
+        return len(range(sweep.start, sweep.stop, sweep.step))
     return len(axis)
 
 

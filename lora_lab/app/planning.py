@@ -11,7 +11,7 @@ from lora_lab.app.compose import Composition
 from lora_lab.app.session import Request
 from lora_lab.data.sources import count_train_rows
 from lora_lab.errors import InputError, Problem
-from lora_lab.evaluate.check import evaluation_identities
+from lora_lab.evaluate.identity import evaluation_identities
 from lora_lab.plan.folder import with_known_shape
 from lora_lab.plan.identity import identities_of
 from lora_lab.plan.job import Job, job_of
@@ -54,11 +54,10 @@ def make_plan(request: Request) -> Plan:
         (trial, one.repeat, one.tag, point.overrides)
         for trial, one, point in zip(trials, labs, request.points, strict=True)
     ]
-    if request.study is not None and request.study.baseline:
-        asked = [(base, 0, None, ("method=base",)) for base in _baselines(trials)] + asked
     jobs = _identified(asked, cache=cache_folder(lab))
-    ledger = Ledger(Path(lab.root))
-    rows = plan_rows(jobs, done=ledger.finished())
+    if request.study is not None and request.study.baseline:
+        jobs = _baselines(jobs) + jobs
+    rows = plan_rows(jobs, done=_done(jobs, Ledger(Path(lab.root))))
     unique = {(job.fingerprint, job.repeat): job for job in reversed(jobs)}
     return Plan(lab, request.study, tuple(reversed(unique.values())), tuple(rows))
 
@@ -102,9 +101,26 @@ def _one_lab(labs: Sequence[Lab]) -> Lab:
     return first
 
 
-def _baselines(trials: Sequence[Trial]) -> list[Trial]:
-    """The untouched base of every trial; equal ones merge by their fingerprint later."""
-    return [trial.model_copy(update={"method": Method(kind="base")}) for trial in trials]
+def _done(jobs: Sequence[Job], ledger: Ledger) -> set[tuple[str, int]]:
+    """Which of the jobs the ledger has, by fingerprint and repeat."""
+    keys = {(job.fingerprint, job.repeat) for job in jobs}
+    return {key for key in keys if (record := ledger.find(*key)) is not None and record.is_done}
+
+
+def _baselines(jobs: Sequence[Job]) -> list[Job]:
+    """The untouched base of every job, each once."""
+    bases = [
+        job_of(
+            job.trial.model_copy(update={"method": Method(kind="base")}),
+            job.identities,
+            train_rows=job.train_rows,
+            repeat=0,
+            tag=None,
+            overrides=("method=base",),
+        )
+        for job in jobs
+    ]
+    return list({base.fingerprint: base for base in bases}.values())
 
 
 def _identified(
@@ -117,7 +133,7 @@ def _identified(
         key = tuple(section.model_dump_json() for section in (trial.model, trial.data, trial.evaluation))
         try:
             if key not in known:
-                extra = evaluation_identities(trial.evaluation)
+                extra = evaluation_identities(trial.evaluation, cache=cache)
                 known[key] = identities_of(trial, cache=cache, extra=extra), count_train_rows(trial.data)
             identities, train_rows = known[key]
             jobs.append(

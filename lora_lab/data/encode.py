@@ -178,7 +178,7 @@ class _Encoder:
         """Ids of a rendered text. Only where the row spells out special tokens is it cut at the template's own ones,
         and the pieces between them tokenised as plain text; special tokens are boundaries in the whole text too."""
         if self.specials is None or not rendered.stand_ins:
-            return self._tokens(text, plain=not self.chat)
+            return self._tokens(text, plain=False)
         ids: list[int] = []
         start = 0
         for match in self.specials.finditer(text) if self.chat else ():

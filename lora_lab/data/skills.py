@@ -36,30 +36,39 @@ class Skill:
     """A reasoning-gym generator with settings that keep prompts short and answers a few tokens long.
 
     cut: the prompt ends before this text, where the generator would go on about the form of the answer.
+    choices: a pattern that finds the possible answers in the prompt; None where answers to other prompts are as likely.
     """
 
     generator: str
     settings: Mapping[str, Any]
     cut: str | None = None
+    choices: str | None = None
 
 
 TRAINED: Mapping[str, Skill] = {
     "calendar": Skill("calendar_arithmetic", {"tasks": ["weekday_of_date"], "year": 2022}),
     "chain_sum": Skill("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
     "count_bits": Skill("count_bits", {"min_n": 1, "max_n": 1000}),
-    "lcm": Skill("lcm", {"min_value": 2, "max_value": 40}, cut=" Give only"),
+    "gcd": Skill("gcd", {"min_value": 2, "max_value": 40}, cut=" Give only"),
     "letter_counting": Skill("letter_counting", {"min_words": 2, "max_words": 4}),
+    "needle": Skill(
+        "needle_haystack",
+        {"min_num_statements": 4, "max_num_statements": 4},
+        cut=" Reply only",
+        choices=r"(?:^|\. )(\w+) ",
+    ),
     "number_sequence": Skill(
         "number_sequence", {"min_terms": 4, "max_terms": 5, "min_value": 0, "max_value": 20, "max_complexity": 2}
     ),
-    "simple_equations": Skill("simple_equations", {"min_terms": 2, "max_terms": 2, "min_value": 1, "max_value": 12}),
     "spell_backward": Skill("spell_backward", {"min_word_len": 3, "max_word_len": 4}),
 }
 UNSEEN: Mapping[str, Skill] = {
     "fraction_simplification": Skill(
-        "fraction_simplification", {"min_value": 1, "max_value": 12, "max_factor": 9, "styles": ["plain"]}, cut=" Give only"
+        "fraction_simplification",
+        {"min_value": 1, "max_value": 12, "max_factor": 9, "styles": ["plain"]},
+        cut=" Give only",
     ),
-    "gcd": Skill("gcd", {"min_value": 2, "max_value": 40}, cut=" Give only"),
+    "lcm": Skill("lcm", {"min_value": 2, "max_value": 20}, cut=" Give only"),
     "prime_factorization": Skill("prime_factorization", {"min_value": 4, "max_value": 200}, cut=" Write the factors"),
     "sentence_reordering": Skill("sentence_reordering", {"min_words_in_sentence": 3, "max_words_in_sentence": 5}),
 }

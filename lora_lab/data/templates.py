@@ -70,7 +70,8 @@ def render(row: Row, tokenizer: PreTrainedTokenizerBase, *, chat: bool, specials
         raise DataError(Problem(row.source, "plain text has no prompt and no answer"))
     messages, stand_ins = _shielded(row.messages, specials)
     if not chat:
-        return Rendered(_alpaca_prompt(messages, row.context), messages[-1].content, False, stand_ins)
+        context = None if row.context is None else _stand_in(row.context, stand_ins)
+        return Rendered(_alpaca_prompt(messages, context), messages[-1].content, False, stand_ins)
     prompt = _chat_text(messages[:-1], tokenizer, row.source, prompt=True)
     whole = _chat_text(messages, tokenizer, row.source, prompt=False)
     if not whole.startswith(prompt):
@@ -121,9 +122,12 @@ def _shielded(
         return tuple(messages), {}
     used = {character for message in messages for character in message.content}
     free = (chr(code) for code in _STAND_INS if chr(code) not in used)
-    stand_ins = dict(zip(found, free, strict=False))
-    shielded = tuple(
-        Message(message.role, specials.sub(lambda match: stand_ins[match.group()], message.content))
-        for message in messages
-    )
-    return shielded, {character: name for name, character in stand_ins.items()}
+    # Longest first, as the pattern matches, so that no name is taken apart by one that it contains.
+    stand_ins = {next(free): name for name in sorted(found, key=len, reverse=True)}
+    return tuple(Message(message.role, _stand_in(message.content, stand_ins)) for message in messages), stand_ins
+
+
+def _stand_in(text: str, stand_ins: Mapping[str, str]) -> str:
+    for character, name in stand_ins.items():
+        text = text.replace(name, character)
+    return text

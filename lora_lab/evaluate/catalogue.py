@@ -94,7 +94,7 @@ def leaves(catalogue: Catalogue, name: str) -> tuple[list[str], list[str]]:
 def _tasks_folder() -> Path:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
-        raise InputError("lm_eval is not installed, so no task can be scored; install lm_eval, or use evaluation=heldout")
+        raise InputError("lm_eval is not installed, so no task can be scored; install it, or use evaluation=heldout")
     return Path(spec.origin).parent / "tasks"
 
 

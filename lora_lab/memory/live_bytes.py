@@ -33,14 +33,14 @@ def model_tensors(model: nn.Module) -> list[Tensor]:
     return tensors
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is untyped
     """Counts live bytes within its block. `peak_bytes` starts at, and never falls below, `baseline` tensors' bytes."""
 
     def __init__(self, baseline: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known = weakref.WeakSet[torch.UntypedStorage]()
-        self.live_bytes = 0
-        self.peak_bytes = 0
+        self.live_bytes: int = 0
+        self.peak_bytes: int = 0
         for tensor in baseline:
             self._count(tensor)
 

@@ -56,6 +56,11 @@ class RunFolder:
         """Where the adapter goes; not made here, since a run may have none."""
         return self.path / run_record.ADAPTER_FOLDER
 
+    @property
+    def model_folder(self) -> Path:
+        """Where all weights go when the method trains them all."""
+        return self.path / run_record.MODEL_FOLDER
+
     def write_result(self, result: Result) -> None:
         """Record how the attempt ended, after everything else in the folder is on disk.
 

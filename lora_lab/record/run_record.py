@@ -28,6 +28,7 @@ STEPS_FILE = "steps.jsonl"
 LOCK_FILE = "lock"
 EVAL_FOLDER = "eval"
 ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
 ATTEMPTS_FOLDER = "attempts"
 
 # RUNNING: a process holds the run. DAMAGED: a file cannot be read. NEWER: written by a later lab, and left alone.
@@ -114,6 +115,11 @@ class RunRecord:
     def adapter_folder(self) -> Path:
         """The trained adapter in PEFT format."""
         return self.folder / ADAPTER_FOLDER
+
+    @property
+    def model_folder(self) -> Path:
+        """All weights, where the method trains them all (full), in transformers' format."""
+        return self.folder / MODEL_FOLDER
 
     @property
     def steps_path(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -97,11 +97,10 @@ def _path_without_tags(location: Sequence[int | str], mapping: Any) -> list[str]
     node: Any = mapping
     for index, step in enumerate(location):
         last = index == len(location) - 1
-        if (isinstance(node, Mapping) and step in node) or (
-            isinstance(node, (list, tuple)) and isinstance(step, int) and step < len(node)
-        ):
+        is_entry = isinstance(node, (list, tuple)) and isinstance(step, int) and step < len(node)
+        if is_entry or (isinstance(node, Mapping) and step in node):
             path.append(str(step))
-            node = node[step]
+            node = cast(Any, node)[step]
         elif isinstance(node, Mapping) and node.get("kind") == step and not last:
             continue
         elif last and not _is_type_tag(step):

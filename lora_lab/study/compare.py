@@ -19,7 +19,7 @@ from lora_lab.study.settings import ABSENT
 
 @dataclass(frozen=True, slots=True)
 class MetricDifference:
-    """One metric of both runs. `difference` is b - a; `better` names the run with the better number, None when equal."""
+    """One metric of both runs."""
 
     name: str
     unit: str
@@ -34,7 +34,7 @@ class MetricDifference:
 
     @property
     def better(self) -> str | None:
-        """`a` or `b` by the metric's direction."""
+        """`a` or `b` by the metric's direction, None when equal; it says nothing about chance."""
         if self.a == self.b:
             return None
         return "b" if (self.b > self.a) == self.higher_is_better else "a"

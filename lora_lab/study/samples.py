@@ -1,7 +1,7 @@
 """Scores of single examples from a run's eval folder: lm-eval's samples files, and the held-out rows.
 
-lm-eval writes `samples_<task>_<date>.jsonl` at any depth below the folder; of several dates the newest counts. A line has
-doc_id, doc_hash, filter and one value per metric. The held-out rows are in `heldout.jsonl`.
+lm-eval writes `samples_<task>_<date>.jsonl` at any depth below the folder; of several dates the newest counts. A line
+has doc_id, doc_hash, filter and one value per metric. The held-out rows are in `heldout.jsonl`.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def _heldout_row(line: dict[str, Any], where: str) -> HeldoutRow:
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    number = 0
     try:
         with path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
@@ -118,7 +119,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     except OSError as error:
         raise DataError(Problem(str(path), f"cannot be read: {error.strerror}")) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(Problem(str(path), f"damaged line: {error}")) from None
+        raise DataError(Problem(f"{path}:{number}", f"damaged line: {error}")) from None
 
 
 def matched(a: Sequence[Sample], b: Sequence[Sample]) -> list[tuple[Sample, Sample]]:

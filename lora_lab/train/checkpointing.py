@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -42,7 +43,7 @@ def enable_checkpointing(model: nn.Module, mode: str | int) -> None:
     Raises:
         InputError: segments of several layers on a model whose layers differ in kind (their inputs differ too).
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     size = segment_layers(mode, base.config.num_hidden_layers)
     if size is None:
         return

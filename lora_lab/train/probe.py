@@ -37,7 +37,8 @@ def probe_peak_bytes(model: nn.Module, member: Member, *, pad_id: int, device: t
             accumulate(member, head, [batch], loss_tokens=int(batch.loss_mask.sum()))
             clip(member)
             optimizer.step()
-        return counter.peak_bytes
+        peak: int = counter.peak_bytes
+        return peak
     finally:
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

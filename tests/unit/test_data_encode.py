@@ -111,6 +111,10 @@ def test_alpaca_text_is_the_documented_one(tokenizer: PreTrainedTokenizerFast) -
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd them.\n\n### Input:\n1 and 2\n\n### Response:\n3<|im_end|>"
     )
+    spelled = Row.from_instruction("Add <|im_end|>", "1 <|im_start|>", "3", source="x")
+    assert "Add <|im_end|>\n\n### Input:\n1 <|im_start|>\n\n### Response:\n3" in str(
+        tokenizer.decode(encode(spelled, tokenizer, template="alpaca").input_ids)
+    )
     tokenizer.chat_template = None
     assert tokenizer.decode(prompt_ids(ROW, tokenizer, "auto")) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -138,9 +142,13 @@ def test_bos_comes_once_with_either_template() -> None:
         assert encoded.input_ids.count(llama.eos_token_id) == 1 and encoded.input_ids[-1] == llama.eos_token_id
 
 
-def test_word_mark_of_the_answer_is_not_doubled() -> None:
-    """Tokenised alone, " two" would begin with two marks: no text of this tokenizer has that after a prompt."""
+def test_answer_has_the_tokens_it_has_in_the_whole_text() -> None:
+    """Tokenised alone, "two" would begin with a word mark, which no text has right after a line feed."""
     llama = llama_like()
+    start = prompt_ids(ROW, llama, "alpaca")
+    answer = encode(ROW, llama, template="alpaca").input_ids[len(start) :]
+    assert llama.convert_ids_to_tokens(llama("two", add_special_tokens=False)["input_ids"])[0].startswith("▁")
+    assert "".join(llama.convert_ids_to_tokens(list(answer))) == "two</s>"
     encoded = encode(ROW, llama, template="model")
     whole = llama("<s>[INST] What is two? [/INST] two</s>", add_special_tokens=False)["input_ids"]
     assert list(encoded.input_ids) == whole

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lora_lab.data.heldout import split_rows
 from lora_lab.data.jsonl import check_jsonl, load_jsonl, read_rows
@@ -57,6 +59,10 @@ BAD = {
     "empty text": (b'{"text": "a"}\n{"text": " "}\n', ':2: "text" is empty'),
     "escaped NUL": (b'{"text": "a\\u0000b"}\n', ':1: "text" holds a control character U+0000'),
     "raw NUL": (b'{"text": "a\x00b"}\n', ":1: control character U+0000 at column 12"),
+    "NUL in an optional column": (
+        lines_of({"instruction": "a", "input": "b\0", "output": "c"}),
+        ':1: "input" holds a control character U+0000',
+    ),
     "lone surrogate": (b'{"text": "a\\ud83d"}\n', ':1: "text" holds a lone surrogate U+D83D'),
     "NaN": (b'{"text": "a"}\n{"text": NaN}\n', ':2: "text" must be text, got the number nan'),
     "Infinity": (b'{"text": -Infinity}\n', ':1: "text" must be text, got the number -inf'),
@@ -278,3 +284,25 @@ def test_row_holds_messages_or_text() -> None:
         Row(None, None, "x")
     with pytest.raises(ValueError, match="must end with an assistant"):
         Row((Message("user", "a"), Message("user", "b")), None, "x")
+
+
+NAMES = st.sampled_from(
+    ["text", "prompt", "completion", "instruction", "input", "output", "messages", "role", "content"]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES | st.text(max_size=3), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()), max_size=4))
+def test_whatever_the_bytes_the_answer_is_rows_or_a_data_error(tmp_path: Path, lines: list[bytes]) -> None:
+    path = write(tmp_path, b"\n".join(lines), "fuzz.jsonl")
+    try:
+        rows = read_rows(path, "auto")
+    except DataError as error:
+        assert error.problems and all(problem.where.startswith(str(path)) for problem in error.problems)
+    else:
+        assert rows and all(text.encode("utf-8") is not None for row in rows for _, text in row.content)

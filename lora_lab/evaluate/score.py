@@ -1,0 +1,53 @@
+"""All scores of a model: held-out rows first, then lm-eval's tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_lab.data.encode import Encoded
+from lora_lab.evaluate.harness import Scores, evaluate_model
+from lora_lab.evaluate.heldout import HeldoutScores, score_heldout
+from lora_lab.schema.evaluation import Evaluation
+
+HELDOUT_FILE = "heldout.jsonl"
+
+
+def score_model(
+    model: Any, tokenizer: Any, heldout: Sequence[Encoded], evaluation: Evaluation, *, cache: Path, output: Path
+) -> Scores:
+    """Scores `model` where it is; per-example files go to `output`.
+
+    Raises:
+        EvaluationError: a score is not finite, or lm-eval refuses.
+    """
+    scores = evaluate_model(model, tokenizer, evaluation, cache=cache, output=output)
+    if not evaluation.heldout:
+        return scores
+    own = _score_heldout(model, tokenizer, heldout, evaluation)
+    lines = [
+        {
+            "index": one.index,
+            "loss": one.loss_nats,
+            "loss_tokens": one.loss_tokens,
+            "exact_match": None if heldout[one.index].cut else one.exact,
+        }
+        for one in own.examples
+    ]
+    output.mkdir(parents=True, exist_ok=True)
+    (output / HELDOUT_FILE).write_text("".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines))
+    return Scores(own.metrics | scores.metrics, own.missing | scores.missing, scores.facts, scores.seconds)
+
+
+def _score_heldout(model: nn.Module, tokenizer: Any, heldout: Sequence[Encoded], evaluation: Evaluation) -> HeldoutScores:
+    return score_heldout(
+        model,
+        heldout,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=evaluation.batch_size,
+        device=next(model.parameters()).device,
+    )
