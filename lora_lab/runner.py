@@ -20,7 +20,7 @@ from lora_lab.adapters.attach import Attached, attach, count_parameters
 from lora_lab.adapters.save import save_adapter, save_model
 from lora_lab.data.encode import EncodedSet, encode_rows
 from lora_lab.data.sources import load_rows
-from lora_lab.errors import InputError, LabError, Problem
+from lora_lab.errors import InputError, LabError, MachineError, Problem
 from lora_lab.evaluate.score import score_model
 from lora_lab.memory.live_bytes import storage_bytes
 from lora_lab.memory.meter import MemoryMeter, memory_now
@@ -80,7 +80,8 @@ def choose_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one.
 
     Raises:
-        InputError: for a device this machine does not have.
+        InputError: for a name that is no device.
+        MachineError: for a device this machine does not have.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,8 +89,10 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(Problem("launch.device", f'expected auto, cpu, cuda or cuda:N, got "{name}"')) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(Problem("launch.device", f"{name}: no CUDA device here; use launch.device=cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MachineError(
+            Problem("launch.device", f"{name}: {torch.cuda.device_count()} CUDA devices here; use launch.device=cpu")
+        )
     return device
 
 

@@ -83,7 +83,8 @@ def _config(file: Path) -> tuple[dict[str, Any], list[Problem]]:
 
 def _setting_problems(config: dict[str, Any]) -> list[tuple[str, str]]:
     known = {field.name for field in fields(LoraConfig)} | set(_EXTRA_KEYS)
-    problems = [(key, "unknown setting") for key in config if key not in known]
+    # Other versions of PEFT know other settings; one that is off changes nothing.
+    problems = [(key, "unknown setting") for key, value in config.items() if value and key not in known]
     problems += [(key, "it can make PEFT import code; refused") for key in ("auto_mapping",) if config.get(key)]
     if config.get("megatron_config") or config.get("megatron_core") not in (None, "megatron.core"):
         problems.append(("megatron_core", "it can make PEFT import code; refused"))

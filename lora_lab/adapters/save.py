@@ -65,6 +65,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> int:
 def load_adapter(base_model: Any, folder: Path, *, name: str = "default") -> PeftModel:
     """`base_model` with the adapter of `folder`, in eval mode and frozen, once the folder has passed every check.
 
+    A PeftModel gets one more adapter, which is not yet active.
+
     Raises:
         InputError: the folder or its content is refused (`adapters.folder`), or it does not fit the model; the base is
             then left as it was.
@@ -72,16 +74,22 @@ def load_adapter(base_model: Any, folder: Path, *, name: str = "default") -> Pef
     settings, tensors = read_adapter(folder)
     known = {key: value for key, value in settings.items() if key in LoraConfig.__dataclass_fields__}
     config = LoraConfig(**{**known, "inference_mode": True, "init_lora_weights": True})
+    is_further = isinstance(base_model, PeftModel)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = PeftModel(base_model, config, adapter_name=name)
+            if is_further:
+                base_model.add_adapter(name, config)
+            model = base_model if is_further else PeftModel(base_model, config, adapter_name=name)
     except ValueError as error:
         raise InputError(Problem(str(folder), f"does not fit the model: {error}")) from error
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    problems = _differences(expected, tensors, rank=config.r, hidden_size=base_model.config.hidden_size)
+    problems = _differences(expected, tensors, rank=config.r, hidden_size=model.config.hidden_size)
     if problems:
-        model.unload()
+        if is_further:
+            model.delete_adapter(name)
+        else:
+            model.unload()
         raise InputError([Problem(str(folder / WEIGHTS_FILE), problem) for problem in problems])
     set_peft_model_state_dict(model, tensors, adapter_name=name)
     return model.eval()

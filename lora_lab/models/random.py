@@ -28,6 +28,9 @@ PAD, BOS, EOS, TURN = "<pad>", "<bos>", "<eos>", "<turn>"
 SPECIAL_IDS = {PAD: 256, BOS: 257, EOS: 258, TURN: 259}
 BYTE_VOCABULARY = 260
 
+# Raised by one when the same shape and seed are to give other files, so that folders made earlier are not taken.
+_RECIPE = 1
+
 _CHAT_TEMPLATE = (
     "{{ '<bos>' }}{% for message in messages %}{{ '<turn>' + message['role'] + '\n' + message['content'] + '<eos>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<turn>assistant\n' }}{% endif %}"
@@ -53,7 +56,7 @@ def random_folder(model: RandomModel, cache: Path) -> Path:
         )
     if problems:
         raise InputError(problems)
-    content = f"{model.shape.model_dump_json()} seed {model.seed}"
+    content = f"recipe {_RECIPE} {model.shape.model_dump_json()} seed {model.seed}"
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
     return stored_folder(cache, f"{model.name}-{digest}", lambda folder: _write(model, folder))
 

@@ -1,7 +1,8 @@
 """Printing of tables: in full in a pipe, fitted to the width in a terminal without ever cutting a number.
 
-A table that is too wide for the terminal loses its optional columns from the right, and says which; if that is not
-enough every row is printed as a list.
+A table that is too wide for the terminal loses its optional columns from the right, and says which. If that is not
+enough all columns are printed in several tables below each other, the first column repeated; and where not even two
+columns fit, every row as a list.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def print_grid(console: Console, grid: Grid) -> None:
     while not _fits(console, grid, shown):
         optional = [index for index in shown if grid.columns[index].is_optional]
         if not optional:
-            _print_stacked(console, grid)
+            _print_in_parts(console, grid)
             return
         shown.remove(optional[-1])
         dropped.insert(0, grid.columns[optional[-1]].title)
@@ -91,6 +92,21 @@ def _table(console: Console, grid: Grid, shown: Sequence[int]) -> Table:
     for row in grid.rows:
         table.add_row(*(Text(_shown(console, row[index])) for index in shown))
     return table
+
+
+def _print_in_parts(console: Console, grid: Grid) -> None:
+    parts: list[list[int]] = []
+    for index in range(1, len(grid.columns)):
+        if not _fits(console, grid, [0, index]):
+            _print_stacked(console, grid)
+            return
+        if parts and _fits(console, grid, [*parts[-1], index]):
+            parts[-1].append(index)
+        else:
+            parts.append([0, index])
+    for part in parts:
+        console.print(_table(console, grid, part))
+        print_line(console, "")
 
 
 def _print_stacked(console: Console, grid: Grid) -> None:

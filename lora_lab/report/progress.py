@@ -37,12 +37,13 @@ class Progress:
         self._clock = clock
         self._live: Live | None = None
         self._total = 0
-        self._ended: Counter[str] = Counter()
+        self._outcomes: dict[int, str] = {}  # by index of the run, so that one tried again counts once
         self._run_seconds: list[float] = []
         self._forget_run()
 
     def _forget_run(self) -> None:
         self._name: str | None = None
+        self._index = -1
         self._phase = ""
         self._steps = self._step = 0
         self._loss: float | None = None
@@ -73,14 +74,14 @@ class Progress:
     def begin(self, total_runs: int) -> None:
         """A sweep of that many runs begins; those already done are not among them."""
         self._total = total_runs
-        self._ended.clear()
+        self._outcomes.clear()
         self._run_seconds.clear()
         self._say(f"{total_runs} runs to do" if total_runs else "nothing to run")
 
     def run_started(self, index: int, name: str, steps: int) -> None:
         """Run `index` (from 0) begins; `steps` is 0 where nothing is trained or the number is not known."""
         self._forget_run()
-        self._name, self._steps = name, steps
+        self._index, self._name, self._steps = index, name, steps
         told = f", {steps} steps" if steps else ""
         self._say(f"[{index + 1}/{self._total}] {name} started{told}; time left: {self._left_text()}")
 
@@ -102,8 +103,8 @@ class Progress:
         if self._name is not None and str(status) == Status.COMPLETED:
             self._run_seconds.append(seconds)
         took = f" in {seconds_text(seconds)}" if self._name is not None else ""
-        self._ended[str(status)] += 1
-        self._say(f"[{self._ended.total()}/{self._total}] {name} {status}{took}" + (f": {text}" if text else ""))
+        self._outcomes[self._index if self._name is not None else -1 - len(self._outcomes)] = str(status)
+        self._say(f"[{len(self._outcomes)}/{self._total}] {name} {status}{took}" + (f": {text}" if text else ""))
         self._forget_run()
 
     def seconds_left(self) -> float | None:
@@ -115,7 +116,8 @@ class Progress:
         if not self._run_seconds:
             return None
         median = statistics.median(self._run_seconds)
-        waiting = max(self._total - self._ended.total() - (self._name is not None), 0)
+        is_new = self._name is not None and self._index not in self._outcomes
+        waiting = max(self._total - len(self._outcomes) - is_new, 0)
         if self._name is None:
             return waiting * median
         now = self._clock()
@@ -141,15 +143,17 @@ class Progress:
 
     def _left_text(self) -> str:
         left = self.seconds_left()
-        return "unknown" if left is None else f"about {seconds_text(left)}"
+        if left is None:
+            return "unknown"
+        return f"about {left:.0f} s" if left < 59.5 else f"about {seconds_text(left)}"
 
     def _say(self, text: str) -> None:
         print_line(self._console, text)
 
     def _display(self) -> Group:
         """The live part: the sweep on one line, the present run on the next."""
-        ended = ", ".join(f"{count} {status}" for status, count in self._ended.items())
-        remaining = self._total - self._ended.total()
+        ended = ", ".join(f"{count} {status}" for status, count in Counter(self._outcomes.values()).items())
+        remaining = self._total - len(self._outcomes)
         sweep = f"{remaining} of {self._total} runs left" + (f" ({ended})" if ended else "")
         lines: list[Text | ProgressBar] = [Text(f"{sweep}; time left: {self._left_text()}", style="bold")]
         if self._name is not None:

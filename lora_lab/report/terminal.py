@@ -117,9 +117,9 @@ def print_table(table: SettingsTable, *, as_json: bool = False, stream: TextIO |
         Column("setting"),
         Column("seeds", is_number=True),
         *(Column(_metric_title(column), is_number=True) for column in table.columns),
-        Column("trainable", is_number=True, is_optional=True),
-        Column("peak memory", is_number=True, is_optional=True),
-        Column("train time", is_number=True, is_optional=True),
+        Column("trainable", is_number=True),
+        Column("peak memory", is_number=True),
+        Column("train time", is_number=True),
     )
     print_grid(console, Grid(columns, tuple(_setting_cells(row, table.columns) for row in table.rows)))
     _print_legend(console, table)

@@ -1,7 +1,8 @@
 """Scores of single examples from a run's eval folder: lm-eval's samples files, and the held-out rows.
 
-lm-eval writes `samples_<task>_<date>.jsonl` at any depth below the folder; of several dates the newest counts. A line
-has doc_id, doc_hash, filter and one value per metric. The held-out rows are in `heldout.jsonl`.
+A task's samples are in `samples_<task>.jsonl` or, as lm-eval's command writes them, `samples_<task>_<date>.jsonl`, at
+any depth below the folder; of several dates the newest counts. A line has doc_id, doc_hash, filter and one value per
+metric. The held-out rows are in `heldout.jsonl`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from lora_lab.errors import DataError, Problem
 
-_SAMPLES_FILE = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d{2}-\d{2}T[^_]*)\.jsonl")
+_SAMPLES_FILE = re.compile(r"samples_(?P<task>.+?)(?:_(?P<date>\d{4}-\d{2}-\d{2}T[^_]*))?\.jsonl")
 HELDOUT_FILE = "heldout.jsonl"
 _NO_FILTER = "none"
 
@@ -48,8 +49,11 @@ def samples_files(folder: Path) -> dict[str, Path]:
     found: dict[str, tuple[str, Path]] = {}
     for path in sorted(folder.rglob("samples_*.jsonl")):
         match = _SAMPLES_FILE.fullmatch(path.name)
-        if match and match["date"] >= found.get(match["task"], ("", path))[0]:
-            found[match["task"]] = match["date"], path
+        if match is None:
+            continue
+        task, date = match["task"], match["date"] or ""
+        if date >= found.get(task, ("", path))[0]:
+            found[task] = date, path
     return {task: path for task, (_, path) in sorted(found.items())}
 
 

@@ -75,6 +75,7 @@ def test_plain_peft_and_ours_give_the_same_logits_back(
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["task_type"], config["lora_dropout"]) == ("CAUSAL_LM", trial.dropout)
     assert config["base_model_name_or_path"]
+    assert config["target_modules"] == sorted(config["target_modules"])  # the same bytes every time
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all("lora_" in name for name in tensors)  # no copy of embedding or head
 
@@ -214,6 +215,13 @@ def test_refused_with_its_reason(make_trial: MakeTrial, cache: Path, folder: Pat
     with pytest.raises(InputError, match=message):
         load_adapter(base, folder)
     assert [name for name, _ in base.named_modules()] == names  # the base is as it was
+
+
+def test_a_setting_of_another_peft_version_that_is_off_is_no_problem(
+    make_trial: MakeTrial, cache: Path, folder: Path
+) -> None:
+    configure(folder, some_later_setting=None)
+    load_adapter(load(make_trial(), cache), folder)
 
 
 def test_another_base_is_named_by_its_size(folder: Path) -> None:

@@ -26,8 +26,10 @@ def clock() -> Clock:
     return Clock()
 
 
-def _run(progress: Progress, clock: Clock, *, seconds: float, steps: int = 100, status: str = "COMPLETED") -> None:
-    progress.run_started(0, "run", steps)
+def _run(
+    progress: Progress, clock: Clock, *, seconds: float, index: int = 0, steps: int = 100, status: str = "COMPLETED"
+) -> None:
+    progress.run_started(index, "run", steps)
     progress.phase("training")
     for step in range(1, steps + 1):
         clock.now += seconds / steps
@@ -48,6 +50,7 @@ def test_a_pipe_gets_few_lines_with_run_step_loss_and_memory(clock: Clock) -> No
     assert lines[2] == "  run: step 10/100, loss 2.50, 1,000 tokens/s, 1.00 GB; time left: unknown"
     assert len(lines) == 2 + 10 + 1 + 2, "a line per tenth of the steps"
     assert lines[12] == "[1/2] run COMPLETED in 1 min 40 s"
+    assert "[2/2] other started; time left: about 1 min 40 s" in lines
     assert lines[-1].startswith("[2/2] other FAILED") and lines[-1].endswith(": boom")
     assert "\x1b" not in stream.getvalue()
 
@@ -68,15 +71,15 @@ def test_time_left_is_unknown_until_a_run_has_completed(clock: Clock) -> None:
     assert progress.seconds_left() is None
     _run(progress, clock, seconds=1.0, status="FAILED")
     assert progress.seconds_left() is None, "a run that failed early says nothing about the others"
-    _run(progress, clock, seconds=60.0)
+    _run(progress, clock, seconds=60.0, index=1)
     assert progress.seconds_left() == pytest.approx(2 * 60.0)
 
 
 def test_time_left_takes_the_median_and_the_present_steps(clock: Clock) -> None:
     progress = Progress(io.StringIO(), clock)
     progress.begin(6)
-    for seconds in (10.0, 20.0, 90.0):
-        _run(progress, clock, seconds=seconds)
+    for index, seconds in enumerate((10.0, 20.0, 90.0)):
+        _run(progress, clock, seconds=seconds, index=index)
     assert progress.seconds_left() == pytest.approx(3 * 20.0)
     progress.run_started(3, "slow", 100)
     progress.phase("training")
@@ -84,6 +87,19 @@ def test_time_left_takes_the_median_and_the_present_steps(clock: Clock) -> None:
     assert progress.seconds_left() == pytest.approx(2 * 20.0 + 15.0)
     progress.step(5, 2.0, 1.0, None)
     assert progress.seconds_left() == pytest.approx(2 * 20.0 + 95.0), "its own steps say it takes longer"
+
+
+def test_a_run_tried_again_counts_once(clock: Clock) -> None:
+    stream = io.StringIO()
+    progress = Progress(stream, clock)
+    progress.begin(2)
+    _run(progress, clock, seconds=1.0, status="FAILED")
+    _run(progress, clock, seconds=60.0)
+    assert progress.seconds_left() == pytest.approx(60.0)
+    _run(progress, clock, seconds=60.0, index=1)
+    assert progress.seconds_left() == 0.0
+    ends = [line[:5] for line in stream.getvalue().splitlines() if "COMPLETED" in line or "FAILED" in line]
+    assert ends == ["[1/2]", "[1/2]", "[2/2]"]
 
 
 def test_a_terminal_gets_a_live_display_and_the_cursor_back(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,25 +73,35 @@ def test_table_in_a_pipe_is_plain_and_whole(tmp_path: Path) -> None:
     assert "\x1b" not in text and not any(0x2500 <= ord(sign) <= 0x257F for sign in text)
     first, second = (line for line in text.splitlines() if line.startswith("lora-"))
     assert first.split() == [
-        "lora-r8", "3", "2.7", "±", "0.2", "0.527", "±", "0.002", "4,194,304", "1.23", "GB", "1", "min", "15", "s",
+        "lora-r8", "3", "2.71", "±", "0.20", "0.5271", "±", "0.0020", "4,194,304", "1.23", "GB", "1", "min", "15", "s",
     ]  # fmt: skip
     assert "2.70, 2.75" in second and "2 of 3" in second
     assert "heldout/loss ↓" in text and "skills_unseen/acc ↑" in text and "chance: skills_unseen/acc 0.250" in text
     assert "not in a mean: lora-r16-s2: DIVERGED: loss is NaN" in text
 
 
-@pytest.mark.parametrize("width", [200, 100, 70, 30, 10])
-def test_no_width_cuts_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+@pytest.mark.parametrize("width", [200, 100, 70, 40, 30, 10])
+def test_no_width_of_a_terminal_cuts_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     stream = Terminal()
     print_table(settings_table(_records(tmp_path), metrics=None), stream=stream)
     text = stream.getvalue()
-    shown = ["2.7 ± 0.2", "0.527 ± 0.002", "2.70, 2.75"]
-    if width in (200, 30, 10):
-        shown += ["4,194,304", "1.23 GB", "1 min 15 s"]
-    assert all(piece in text for piece in shown)
-    assert "…" not in text
-    assert ("left out in this width" in text) == (width in (100, 70))
+    shown = ["2.71 ± 0.20", "0.5271 ± 0.0020", "2.70, 2.75", "4,194,304", "1.23 GB", "1 min 15 s"]
+    assert all(piece in text for piece in shown) and "…" not in text
+    table = text[: text.index("mean ± 95 %")]
+    tables = {200: 1, 100: 1, 70: 2, 40: 4, 30: 0, 10: 0}[width]
+    assert table.count("setting") == tables, "split into tables that fit, and into lists below that"
+    if tables:
+        plain = [clean(line) for line in table.splitlines()]
+        assert max(map(len, plain)) <= width
+
+
+def test_optional_columns_give_way_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    stream = Terminal()
+    print_plan([_plan_row("lora-r8-all_linear-s0")], stream=stream)
+    text = stream.getvalue()
+    assert "460,800" in text and "134,975,808" not in text and "left out in this width: fingerprint, total" in text
 
 
 def test_a_terminal_has_colour_unless_it_is_unwanted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +126,7 @@ def test_a_pipe_is_not_cut_to_eighty() -> None:
 def test_an_ascii_pipe_gets_ascii(tmp_path: Path) -> None:
     stream = Latin()
     print_table(settings_table(_records(tmp_path), metrics=None), stream=stream)
-    assert stream.getvalue().isascii() and "2.7 +/- 0.2" in stream.getvalue()
+    assert stream.getvalue().isascii() and "2.71 +/- 0.20" in stream.getvalue()
     assert encodable("± ↓ 漢", "ascii") == "+/- v ?" and encodable("± ↓ 漢", "utf-8") == "± ↓ 漢"
 
 
@@ -141,7 +151,7 @@ def test_hostile_names_reach_the_terminal_as_text(tmp_path: Path, name: str) -> 
     print_table(settings_table([record], metrics=None), stream=stream)
     print_comparison(compare_runs(record, record), stream=stream)
     text = stream.getvalue()
-    assert not any(ord(sign) < 32 and sign != "\n" or sign in "\x7f\x9b\u202e" for sign in text)
+    assert not any((ord(sign) < 32 and sign != "\n") or sign in "\x7f\x9b\u202e" for sign in text)
     assert clean(name) in text
     if name not in HOSTILE:
         assert name in text, "markup is shown, not obeyed"

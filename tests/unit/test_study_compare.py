@@ -124,6 +124,15 @@ def test_missing_torn_and_disjoint_samples_say_why(tmp_path: Path) -> None:
     assert missing["apart (paired)"] == "the runs have no example in common"
 
 
+def test_samples_files_without_a_date_are_found(tmp_path: Path) -> None:
+    a, b = _run(tmp_path, rank=4), _run(tmp_path, rank=8)
+    for record, score in ((a, 0.0), (b, 1.0)):
+        dated = _samples(record, [score, score], task="skills_unseen")
+        dated.rename(record.eval_folder / "samples_skills_unseen.jsonl")
+    (paired,) = compare_runs(a, b).paired
+    assert paired.name == "skills_unseen/acc" and paired.interval.mean == 1.0
+
+
 def test_of_two_dates_the_newer_samples_count(tmp_path: Path) -> None:
     a, b = _run(tmp_path, rank=4), _run(tmp_path, rank=8)
     _samples(a, [0.0, 0.0, 0.0], date="2026-01-02T00-00-00.1")
