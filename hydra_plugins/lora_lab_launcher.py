@@ -1,4 +1,4 @@
-"""Hydra's door to the lab: a sweeper that expands without composing, and a launcher that gets the whole sweep at once.
+"""Hydra's door to the lab: a sweeper that expands without composing, a launcher that gets the whole sweep at once.
 
 Hydra accepts plug-ins only from the `hydra_plugins` namespace (no `__init__.py` here). All work is done in `lora_lab.app`.
 Hydra loads this file without entering it in `sys.modules`, so annotations here must not be postponed.

@@ -64,7 +64,7 @@ class MachineError(LabError):
     exit_code = 4
 
 
-class Diverged(LabError):
+class Diverged(LabError):  # noqa: N818 - the outcome's name
     """Loss or gradient norm is not finite; raised before the update that would have spread it."""
 
 

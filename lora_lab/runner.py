@@ -1,16 +1,13 @@
 """One job -> one result: load, attach, train, save, score, and record whatever happened.
 
-An outcome is data: a run that diverges, runs out of memory, is interrupted or fails is recorded with what it did measure.
+An outcome is data: a run that diverges, runs out of memory, is interrupted or fails is recorded with what it measured.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,15 +17,18 @@ from lora_lab.adapters.attach import Attached, attach, count_parameters
 from lora_lab.adapters.save import save_adapter, save_model
 from lora_lab.data.encode import EncodedSet, encode_rows
 from lora_lab.data.sources import load_rows
-from lora_lab.errors import InputError, LabError, MachineError, Problem
+from lora_lab.errors import IdentityError, InputError, LabError, MachineError, Problem
+from lora_lab.evaluate.identity import evaluation_identities
 from lora_lab.evaluate.score import score_model
 from lora_lab.memory.live_bytes import storage_bytes
 from lora_lab.memory.meter import MemoryMeter, memory_now
 from lora_lab.models.load import LoadedBase, load_base
 from lora_lab.optim.optimizers import optimizer_facts, state_tensors
+from lora_lab.plan.identity import identities_of
 from lora_lab.plan.job import Job
 from lora_lab.record.atomic import write_text
-from lora_lab.record.environment import load_average, utc_now
+from lora_lab.record.environment import utc_now
+from lora_lab.record.gathered import Gathered
 from lora_lab.record.result import Metric, Result, Status
 from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.step_log import StepLog
@@ -37,6 +37,9 @@ from lora_lab.train.checkpointing import enable_checkpointing
 from lora_lab.train.loop import train
 from lora_lab.train.member import Member, StepRecord, member_of
 from lora_lab.train.probe import probe_peak_bytes
+
+# Above this share of cut rows a result says so.
+_MANY_CUTS = 0.05
 
 
 class Listener(Protocol):
@@ -47,33 +50,6 @@ class Listener(Protocol):
 
     def step(self, step: int, loss: float, tokens_per_second: float, memory_bytes: int) -> None:
         """A step is done."""
-
-
-@dataclass(slots=True)
-class Gathered:
-    """What a run has measured so far; it survives the run's failure."""
-
-    metrics: dict[str, Metric] = field(default_factory=dict)
-    measurements: dict[str, float | int] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the block's wall-clock seconds under `<name>_seconds`, also when it raises."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.measurements[f"{name}_seconds"] = time.perf_counter() - start
-
-    def note_load(self, when: str) -> None:
-        """The machine's 1-minute load average beside the times, so that a busy machine shows."""
-        load = load_average()
-        if load is None:
-            self.missing[f"load_average_{when}"] = "this system keeps none"
-        else:
-            self.measurements[f"load_average_{when}"] = load
 
 
 def choose_device(name: str) -> torch.device:
@@ -144,6 +120,7 @@ def _carry_out(
     gathered.facts["device"] = str(device)
     gathered.facts["executed"] = "alone"
     try:
+        _verify_identities(job, cache=cache)
         listener.phase("loading")
         with gathered.timed("load"), meter.phase("load"):
             base = load_base(
@@ -156,16 +133,14 @@ def _carry_out(
             gathered.facts |= base.facts
             attached = attach(base.model, job.trial)
             rows = load_rows(job.trial.data, cache=cache)
-            heldout = encode_rows(
-                rows.heldout, base.tokenizer, job.trial.data, vocab_size=base.model.config.vocab_size
-            )
+            heldout = encode_rows(rows.heldout, base.tokenizer, job.trial.data, vocab_size=base.model.config.vocab_size)
+            _warn_about_cuts(gathered, heldout, side="held-out", max_length=job.trial.data.max_length)
         trainable, total = count_parameters(attached.model)
         gathered.measurements |= {"trainable_parameters": trainable, "total_parameters": total}
         diverged = None
         if job.trial.method.kind != "base":
-            examples = encode_rows(
-                rows.train, base.tokenizer, job.trial.data, vocab_size=base.model.config.vocab_size
-            )
+            examples = encode_rows(rows.train, base.tokenizer, job.trial.data, vocab_size=base.model.config.vocab_size)
+            _warn_about_cuts(gathered, examples, side="training", max_length=job.trial.data.max_length)
             diverged = _train(job, folder, gathered, base, attached, examples, meter=meter, listener=listener)
         if diverged is not None:
             gathered.missing["scores"] = "the run diverged"
@@ -173,7 +148,12 @@ def _carry_out(
         listener.phase("scoring")
         with gathered.timed("evaluate"), meter.phase("evaluate"):
             scores = score_model(
-                attached.model, base.tokenizer, heldout.examples, job.trial.evaluation, cache=cache, output=folder.eval_folder
+                attached.model,
+                base.tokenizer,
+                heldout.examples,
+                job.trial.evaluation,
+                cache=cache,
+                output=folder.eval_folder,
             )
         gathered.metrics |= scores.metrics
         gathered.missing |= scores.missing
@@ -182,6 +162,27 @@ def _carry_out(
     finally:
         gathered.measurements |= meter.measurements
         gathered.missing |= meter.missing
+
+
+def _verify_identities(job: Job, *, cache: Path) -> None:
+    """Files may change while a sweep goes on; a run on other texts than were planned would mix two trials."""
+    now = identities_of(job.trial, cache=cache, extra=evaluation_identities(job.trial.evaluation, cache=cache))
+    changed = [role for role, identity in job.identities.items() if now.get(role) != identity]
+    if changed:
+        raise IdentityError(
+            [
+                Problem(role, f"changed since the sweep was planned: {job.identities[role]} -> {now.get(role)}")
+                for role in changed
+            ]
+        )
+
+
+def _warn_about_cuts(gathered: Gathered, examples: EncodedSet, *, side: str, max_length: int) -> None:
+    if examples.cut_share > _MANY_CUTS:
+        gathered.warnings.append(
+            f"{examples.cut_rows} of {len(examples.examples)} {side} rows are longer than data.max_length={max_length} "
+            "tokens and were cut"
+        )
 
 
 def _train(
@@ -283,7 +284,7 @@ def _result(
         predicted_peak_allocated_bytes=None,
         metrics=gathered.metrics,
         measurements=measurements,
-        facts=gathered.facts,
+        facts=gathered.facts | {"warnings": gathered.warnings},
         missing=gathered.missing,
     )
 

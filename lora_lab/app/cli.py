@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from lora_lab import __version__
 from lora_lab.errors import LabError, nearest
 
-# Command -> module in lora_lab.app with `main(arguments) -> exit code`; imported on demand, so that `plan` stays torch-free.
+# Command -> module with `main(arguments) -> exit code`, imported on demand, so that `plan` stays torch-free; and help.
 COMMANDS = {
     "run": ("lora_lab.app.hydra_commands", "train and score one trial, a sweep (-m), or a study (-m study=NAME)"),
     "plan": ("lora_lab.app.hydra_commands", "what `run` would do: trials, duplicates, already done, parameters, steps"),

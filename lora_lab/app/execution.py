@@ -7,11 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_lab.app.ledger_commands import STUDY_RUNS_FILE
 from lora_lab.app.planning import Plan, cache_folder, make_plan
 from lora_lab.app.session import Request
+from lora_lab.data.jsonl import check_jsonl
+from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.evaluate.check import check_evaluation
 from lora_lab.record.atomic import write_json
-from lora_lab.record.ledger import Ledger, RunRecord
+from lora_lab.record.ledger import Ledger, run_id_of
+from lora_lab.record.run_record import RunRecord
 from lora_lab.record.result import Status
 from lora_lab.report.terminal import print_plan, print_table
 from lora_lab.study.table import SettingsTable, settings_table
@@ -31,8 +35,7 @@ def _run(plan: Plan, *, as_json: bool) -> int:
     from lora_lab.report.progress import Progress
 
     cache = cache_folder(plan.lab)
-    for evaluation in dict.fromkeys(job.trial.evaluation for job in plan.jobs):
-        check_evaluation(evaluation, cache=cache)
+    _check_before_loading(plan, cache=cache)
     ledger = Ledger(Path(plan.lab.root))
     with Progress() as progress:
         tally = run_jobs(plan.jobs, ledger, plan.lab, cache=cache, progress=progress)
@@ -49,9 +52,44 @@ def _run(plan: Plan, *, as_json: bool) -> int:
     return _exit_code(records, expected=len(plan.jobs))
 
 
+def _check_before_loading(plan: Plan, *, cache: Path) -> None:
+    """What can be known to be wrong before the first weight is read, and what a user should know of the data.
+
+    Raises:
+        InputError: listing all of it.
+    """
+    problems: dict[Problem, None] = {}
+    for evaluation in dict.fromkeys(job.trial.evaluation for job in plan.jobs):
+        try:
+            check_evaluation(evaluation, cache=cache)
+        except InputError as error:
+            problems.update(dict.fromkeys(error.problems))
+    for data in {job.trial.data.model_dump_json(): job.trial.data for job in plan.jobs}.values():
+        if data.kind == "jsonl":
+            for note in check_jsonl(data).notes:
+                print(f"{data.path}: {note}", file=sys.stderr)
+    problems.update(dict.fromkeys(_metric_problems(plan)))
+    if problems:
+        raise InputError(problems)
+
+
+def _metric_problems(plan: Plan) -> list[Problem]:
+    """Metrics of a study that none of its trials will have: a slip that would otherwise show after hours of training."""
+    if plan.study is None:
+        return []
+    sources = sorted({"heldout", "train", *(task for job in plan.jobs for task in job.trial.evaluation.tasks)})
+    return [
+        Problem("metrics", f'no trial of the study is scored on "{metric}"' + nearest(metric.split("/")[0], sources))
+        for metric in plan.study.metrics
+        if not any(metric.startswith(source) for source in sources)
+    ]
+
+
 def _keep(plan: Plan, table: SettingsTable) -> None:
     if plan.study is not None:
-        write_json(Path(plan.lab.root) / "studies" / plan.study.name / "table.json", table.to_json())
+        folder = Path(plan.lab.root) / "studies" / plan.study.name
+        write_json(folder / "table.json", table.to_json())
+        write_json(folder / STUDY_RUNS_FILE, {"runs": [run_id_of(job.fingerprint, job.repeat) for job in plan.jobs]})
 
 
 def _exit_code(records: Sequence[RunRecord], *, expected: int) -> int:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_lab.errors import InputError, Problem
+from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.record.atomic import read_json, write_text
 from lora_lab.record.export import rows_of, to_csv, to_json, to_parquet
 from lora_lab.record.ledger import Ledger, RunRecord
 from lora_lab.report.terminal import print_comparison, print_runs
 from lora_lab.study.compare import compare_runs
+
+
+STUDY_RUNS_FILE = "runs.json"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,11 +62,10 @@ def _runs(arguments: Sequence[str]) -> int:
 
 
 def _of_study(records: Sequence[RunRecord], root: Path, study: str) -> list[RunRecord]:
-    path = root / "studies" / study / "runs.json"
-    if not path.is_file():
-        known = sorted(folder.name for folder in (root / "studies").glob("*") if folder.is_dir())
-        raise InputError(Problem("--study", f'no study "{study}" has been run here (known: {", ".join(known) or "none"})'))
-    wanted = set(json.loads(path.read_text())["runs"])
+    known = sorted(folder.parent.name for folder in (root / "studies").glob(f"*/{STUDY_RUNS_FILE}"))
+    if study not in known:
+        raise InputError(Problem("--study", f'no study "{study}" has been run here' + nearest(study, known)))
+    wanted = set(read_json(root / "studies" / study / STUDY_RUNS_FILE)["runs"])
     return [record for record in records if record.run_id in wanted]
 
 
@@ -72,12 +76,12 @@ def _export(records: Sequence[RunRecord], chosen: str, output: Path | None) -> N
             raise InputError(Problem("--output", "a parquet file needs a name: --output runs.parquet"))
         to_parquet(rows, output)
         return
-    write = to_csv if chosen == "csv" else to_json
+    stream = io.StringIO()
+    (to_csv if chosen == "csv" else to_json)(rows, stream)
     if output is None:
-        write(rows, sys.stdout)
-        return
-    with output.open("w", encoding="utf-8", newline="") as stream:
-        write(rows, stream)
+        sys.stdout.write(stream.getvalue())
+    else:
+        write_text(output, stream.getvalue())
 
 
 def _compare(arguments: Sequence[str]) -> int:

@@ -83,7 +83,8 @@ def _generate(arguments: Sequence[str]) -> int:
 
 def _merge(arguments: Sequence[str]) -> int:
     parser = _parser(
-        "merge", "One run: its adapter into the base. Several: their adapters, weighted, into one adapter in PEFT format."
+        "merge",
+        "One run: its adapter into the base. Several: their adapters, weighted, into one adapter in PEFT format.",
     )
     parser.add_argument("run", nargs="+", help="id, start of an id, or readable name")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
@@ -98,7 +99,9 @@ def _merge(arguments: Sequence[str]) -> int:
     records = [ledger.resolve(name) for name in options.run]
     _, base, model = _load_run(records[0], cache=_cache(options), device=choose_device(options.device))
     if records[0].trial["method"]["kind"] in ("full", "base"):
-        raise InputError(Problem(options.run[0], f"method={records[0].trial['method']['kind']} has no adapter to merge"))
+        raise InputError(
+            Problem(options.run[0], f"method={records[0].trial['method']['kind']} has no adapter to merge")
+        )
     report = _merge_one(model, base, options) if len(records) == 1 else _merge_several(model, records, options)
     json.dump(report, sys.stdout, indent=None if options.json else 2)
     print()
@@ -158,7 +161,9 @@ def _load_run(record: RunRecord, *, cache: Path, device: torch.device) -> tuple[
     trial = read_trial(record.trial)
     model = trial.model
     if trial.method.kind == "full":
-        model = FolderModel(kind="folder", name=model.name, path=str(record.model_folder), shape=None, tie_embeddings=None)
+        model = FolderModel(
+            kind="folder", name=model.name, path=str(record.model_folder), shape=None, tie_embeddings=None
+        )
     base = load_base(
         model, precision=trial.training.precision, quantization=trial.quantization, device=device, cache=cache
     )

@@ -57,7 +57,7 @@ def make_plan(request: Request) -> Plan:
     jobs = _identified(asked, cache=cache_folder(lab))
     if request.study is not None and request.study.baseline:
         jobs = _baselines(jobs) + jobs
-    rows = plan_rows(jobs, done=_done(jobs, Ledger(Path(lab.root))))
+    rows = plan_rows(jobs, done=Ledger(Path(lab.root)).finished())
     unique = {(job.fingerprint, job.repeat): job for job in reversed(jobs)}
     return Plan(lab, request.study, tuple(reversed(unique.values())), tuple(rows))
 
@@ -101,12 +101,6 @@ def _one_lab(labs: Sequence[Lab]) -> Lab:
     return first
 
 
-def _done(jobs: Sequence[Job], ledger: Ledger) -> set[tuple[str, int]]:
-    """Which of the jobs the ledger has, by fingerprint and repeat."""
-    keys = {(job.fingerprint, job.repeat) for job in jobs}
-    return {key for key in keys if (record := ledger.find(*key)) is not None and record.is_done}
-
-
 def _baselines(jobs: Sequence[Job]) -> list[Job]:
     """The untouched base of every job, each once."""
     bases = [
@@ -123,9 +117,7 @@ def _baselines(jobs: Sequence[Job]) -> list[Job]:
     return list({base.fingerprint: base for base in bases}.values())
 
 
-def _identified(
-    asked: Sequence[tuple[Trial, int, str | None, tuple[str, ...]]], *, cache: Path
-) -> list[Job]:
+def _identified(asked: Sequence[tuple[Trial, int, str | None, tuple[str, ...]]], *, cache: Path) -> list[Job]:
     jobs: list[Job] = []
     problems: dict[Problem, None] = {}
     known: dict[tuple[str, ...], tuple[dict[str, str], int | None]] = {}
@@ -136,9 +128,7 @@ def _identified(
                 extra = evaluation_identities(trial.evaluation, cache=cache)
                 known[key] = identities_of(trial, cache=cache, extra=extra), count_train_rows(trial.data)
             identities, train_rows = known[key]
-            jobs.append(
-                job_of(trial, identities, train_rows=train_rows, repeat=repeat, tag=tag, overrides=overrides)
-            )
+            jobs.append(job_of(trial, identities, train_rows=train_rows, repeat=repeat, tag=tag, overrides=overrides))
         except InputError as error:
             problems.update(dict.fromkeys(error.problems))
     if problems:

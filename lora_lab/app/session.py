@@ -62,9 +62,7 @@ class Session:
         self.exit_code = max(self.exit_code, self.carry_out(request))
 
 
-def _study_points(
-    composer: Composer, study: Study, first: Composition, point: Sequence[str]
-) -> list[Composition]:
+def _study_points(composer: Composer, study: Study, first: Composition, point: Sequence[str]) -> list[Composition]:
     size, limit = count(study), first.mapping["max_runs"]
     if size > limit:
         raise InputError(Problem("max_runs", f"{size:,} runs; limit {limit:,}; pass max_runs={size} to allow it"))

@@ -35,14 +35,14 @@ _SPARE_ATTEMPTS = 2000
 class Skill:
     """A reasoning-gym generator with settings that keep prompts short and answers a few tokens long.
 
-    cut: the prompt ends before this text, where the generator would go on about the form of the answer.
-    choices: a pattern that finds the possible answers in the prompt; None where answers to other prompts are as likely.
+    start, cut: the prompt begins with the one text and ends before the other, where the generator would go on about the
+    form of the answer. The same words go from every prompt of a skill, so nothing that tells prompts apart is lost.
     """
 
     generator: str
     settings: Mapping[str, Any]
+    start: str | None = None
     cut: str | None = None
-    choices: str | None = None
 
 
 TRAINED: Mapping[str, Skill] = {
@@ -51,16 +51,11 @@ TRAINED: Mapping[str, Skill] = {
     "count_bits": Skill("count_bits", {"min_n": 1, "max_n": 1000}),
     "gcd": Skill("gcd", {"min_value": 2, "max_value": 40}, cut=" Give only"),
     "letter_counting": Skill("letter_counting", {"min_words": 2, "max_words": 4}),
-    "needle": Skill(
-        "needle_haystack",
-        {"min_num_statements": 4, "max_num_statements": 4},
-        cut=" Reply only",
-        choices=r"(?:^|\. )(\w+) ",
-    ),
     "number_sequence": Skill(
         "number_sequence", {"min_terms": 4, "max_terms": 5, "min_value": 0, "max_value": 20, "max_complexity": 2}
     ),
     "spell_backward": Skill("spell_backward", {"min_word_len": 3, "max_word_len": 4}),
+    "word_reversal": Skill("word_sequence_reversal", {"min_words": 2, "max_words": 3}, start="Reverse this list"),
 }
 UNSEEN: Mapping[str, Skill] = {
     "fraction_simplification": Skill(
@@ -211,6 +206,8 @@ def _generator(name: str, *, seed: int) -> Callable[[int], tuple[str, str]]:
     def generate(index: int) -> tuple[str, str]:
         item = items[index]
         question = str(item["question"])
+        if skill.start is not None:
+            question = skill.start + question.partition(skill.start)[2]
         if skill.cut is not None:
             question = question.partition(skill.cut)[0]
         return question.strip(), str(item["answer"]).strip()

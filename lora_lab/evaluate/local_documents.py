@@ -9,20 +9,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lora_lab.data.prose import prose_passages, prose_sentences
 from lora_lab.data.rows import Row
-from lora_lab.data.skills import SKILLS, skill_rows
+from lora_lab.data.skills import skill_rows
 from lora_lab.errors import DataError, Problem
 from lora_lab.schema.evaluation import ProseTasks, SkillsTasks
 
 CHOICES = 4
 PASSAGE_WORDS = 128
-_POOL_PER_DOCUMENT = 4
-_LEAST_POOL = 64
+_POOL = 512
 
 Document = dict[str, Any]
 
@@ -30,7 +28,7 @@ Document = dict[str, Any]
 def skills_documents(names: Iterable[str], tasks: SkillsTasks) -> list[Document]:
     """`tasks.documents` questions, as many of each skill as of the others (to one), from the held-out side.
 
-    Wrong choices are right answers to other questions of the same skill, or other candidates that the question names.
+    Wrong choices are right answers to other questions of the same skill.
 
     Raises:
         DataError: a skill has too few different questions or answers.
@@ -63,29 +61,15 @@ def perplexity_documents(tasks: ProseTasks) -> list[Document]:
 
 def _skill_documents(name: str, count: int, *, seed: int) -> Iterator[Document]:
     generator = _generator(seed, name)
-    size = max(_LEAST_POOL, _POOL_PER_DOCUMENT * count)
-    usable = (row for row in skill_rows(name, seed=seed, side="heldout") if _has_choices(row))
-    pool = list(itertools.islice(usable, size))
+    pool = list(itertools.islice(skill_rows(name, seed=seed, side="heldout"), max(_POOL, count)))
     answers = sorted({row.answer for row in pool})
     if len(pool) < count or len(answers) < CHOICES:
         have = f"{len(pool)} held-out questions with {len(answers)} answers"
         message = f"{name} has {have}, too few for {count} documents"
         raise DataError(Problem("evaluation.skills.documents", message))
     for row in _evenly(pool, answers, count, generator):
-        others = _named_choices(row) or answers
-        wrong = generator.sample([answer for answer in others if answer != row.answer], CHOICES - 1)
+        wrong = generator.sample([answer for answer in answers if answer != row.answer], CHOICES - 1)
         yield {"skill": name, "question": row.content[0][1], **_shuffled_choices(row.answer, wrong, generator)}
-
-
-def _named_choices(row: Row) -> list[str]:
-    """Candidates that the question itself names; none where the skill's answers are not in its questions."""
-    pattern = SKILLS[str(row.skill)].choices
-    return [] if pattern is None else sorted(set(re.findall(pattern, row.content[0][1])))
-
-
-def _has_choices(row: Row) -> bool:
-    """False where a question happens to name one candidate twice."""
-    return SKILLS[str(row.skill)].choices is None or len(_named_choices(row)) >= CHOICES
 
 
 def _evenly(pool: Sequence[Row], answers: Sequence[str], count: int, generator: random.Random) -> list[Row]:

@@ -43,7 +43,9 @@ def score_model(
     return Scores(own.metrics | scores.metrics, own.missing | scores.missing, scores.facts, scores.seconds)
 
 
-def _score_heldout(model: nn.Module, tokenizer: Any, heldout: Sequence[Encoded], evaluation: Evaluation) -> HeldoutScores:
+def _score_heldout(
+    model: nn.Module, tokenizer: Any, heldout: Sequence[Encoded], evaluation: Evaluation
+) -> HeldoutScores:
     return score_heldout(
         model,
         heldout,

@@ -65,8 +65,8 @@ def _tied_weights_stay_tied(trial: Trial) -> list[Problem]:
             problems.append(
                 Problem(
                     "target",
-                    f"{part} shares its weight with the other end of {trial.model.name} (tied embeddings), so an adapter "
-                    "there would change both; model.tie_embeddings=false makes a copy",
+                    f"{part} shares its weight with the other end of {trial.model.name} (tied embeddings), so an "
+                    "adapter there would change both; model.tie_embeddings=false makes a copy",
                 )
             )
     return problems
@@ -86,7 +86,15 @@ def _fused_projections_stay_whole(trial: Trial) -> list[Problem]:
     ]
 
 
+def _rank_fits_the_width(trial: Trial) -> list[Problem]:
+    shape = trial.model.shape
+    if shape is None or not trial.method.has_adapter or trial.rank <= shape.hidden_size:
+        return []
+    return [Problem("rank", f"must be <= {shape.hidden_size}, the hidden size of {trial.model.name}, got {trial.rank}")]
+
+
 _RULES = (
+    _rank_fits_the_width,
     _full_needs_plain_weights,
     _double_precision_is_plain,
     _adapter_needs_target,

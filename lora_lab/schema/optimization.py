@@ -47,7 +47,7 @@ Optimizer = Annotated[Adam | Sgd | Lion, Field(discriminator="kind")]
 
 
 class _Warmup(Section):
-    """Exactly one of the two says how long the rate rises linearly from 0 to its peak."""
+    """Exactly one of the two says how long the rate rises linearly to its peak, from 0 (wsd: from its floor)."""
 
     warmup_steps: Natural | None
     warmup_ratio: Fraction | None
@@ -56,8 +56,8 @@ class _Warmup(Section):
     def _one_of_two(self) -> _Warmup:
         if (self.warmup_steps is None) == (self.warmup_ratio is None):
             raise ValueError(
-                f"set exactly one of warmup_steps (now {self.warmup_steps}) and warmup_ratio (now {self.warmup_ratio}); "
-                "give null for the other"
+                f"set exactly one of warmup_steps (now {self.warmup_steps}) and warmup_ratio "
+                f"(now {self.warmup_ratio}); give null for the other"
             )
         return self
 

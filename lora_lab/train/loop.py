@@ -1,8 +1,8 @@
 """The training loop. One step of a member:
 
-    gather the micro-batches of the step
-    loss = sum over them of (sum of token losses) / (loss tokens of the whole step)     so k micro-batches equal one batch
-    backward, clip, check that loss and gradient norm are finite, only then update
+gather the micro-batches of the step
+loss = sum over them of (sum of token losses) / (loss tokens of the whole step)     so k micro-batches equal one batch
+backward, clip, check that loss and gradient norm are finite, only then update
 """
 
 from __future__ import annotations

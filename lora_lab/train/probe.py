@@ -19,7 +19,7 @@ from lora_lab.train.member import Member
 
 
 def probe_peak_bytes(model: nn.Module, member: Member, *, pad_id: int, device: torch.device) -> int:
-    """Live bytes at the peak of a step as it is from the second one on: weights, optimizer state, gradients, activations.
+    """Live bytes at the peak of a step from the second one on: weights, optimizer state, gradients, activations.
 
     With several micro-batches a step the gradients of the earlier ones are alive already; so they are here.
     """

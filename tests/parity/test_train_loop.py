@@ -181,8 +181,11 @@ def test_each_seed_moves_its_own_part_only(make_trial: MakeTrial, cache: Path) -
     plain = make_trial("seed=3")
     parts = make_trial("seed=0", "seeds.data=3", "seeds.init=3", "seeds.dropout=3", "seeds.layers=3")
     assert plain.seeds == parts.seeds
-    _, by_data = trained(make_trial("training.max_steps=1", "training.batch_size=4", "training.micro_batch_size=4"), cache)
+    _, by_data = trained(
+        make_trial("training.max_steps=1", "training.batch_size=4", "training.micro_batch_size=4"), cache
+    )
     _, other = trained(
-        make_trial("training.max_steps=1", "training.batch_size=4", "training.micro_batch_size=4", "seeds.init=9"), cache
+        make_trial("training.max_steps=1", "training.batch_size=4", "training.micro_batch_size=4", "seeds.init=9"),
+        cache,
     )
     assert by_data[0].tokens == other[0].tokens

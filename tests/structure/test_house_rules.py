@@ -51,7 +51,8 @@ def test_nothing_runs_code_from_files(path: Path) -> None:
             if ast.unparse(node.func) == "yaml.load":
                 assert "yaml.SafeLoader" in path.read_text(), "only loaders built on the safe one"
             assert not any(
-                keyword.arg == "trust_remote_code" and ast.unparse(keyword.value) != "False" for keyword in node.keywords
+                keyword.arg == "trust_remote_code" and ast.unparse(keyword.value) != "False"
+                for keyword in node.keywords
             )
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
