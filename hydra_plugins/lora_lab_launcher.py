@@ -1,6 +1,7 @@
 """Hydra's door to the lab: a sweeper that expands without composing, a launcher that gets the whole sweep at once.
 
-Hydra accepts plug-ins only from the `hydra_plugins` namespace (no `__init__.py` here). All work is done in `lora_lab.app`.
+Hydra accepts plug-ins only from the `hydra_plugins` namespace (no `__init__.py` here). All work is done in
+`lora_lab.app`.
 Hydra loads this file without entering it in `sys.modules`, so annotations here must not be postponed.
 """
 
@@ -54,8 +55,8 @@ class LabLauncher(Launcher):
 class LabSweeper(Sweeper):
     """The product of all swept values, as Hydra's basic sweeper has it.
 
-    Differs from it in one thing: points are not composed one by one to validate them (0.14 s each); with the lab's launcher
-    they are validated together, all errors at once.
+    Differs from it in one thing: points are not composed one by one to validate them (0.14 s each); with the launcher
+    of the lab they are validated together, all errors at once.
     """
 
     def __init__(self, params: dict[str, str] | None = None) -> None:

@@ -15,8 +15,8 @@ from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.evaluate.check import check_evaluation
 from lora_lab.record.atomic import write_json
 from lora_lab.record.ledger import Ledger, run_id_of
-from lora_lab.record.run_record import RunRecord
 from lora_lab.record.result import Status
+from lora_lab.record.run_record import RunRecord
 from lora_lab.report.terminal import print_plan, print_table
 from lora_lab.study.table import SettingsTable, settings_table
 

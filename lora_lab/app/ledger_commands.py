@@ -16,7 +16,6 @@ from lora_lab.record.ledger import Ledger, RunRecord
 from lora_lab.report.terminal import print_comparison, print_runs
 from lora_lab.study.compare import compare_runs
 
-
 STUDY_RUNS_FILE = "runs.json"
 
 

@@ -1,4 +1,4 @@
-"""Held-out loss against transformers' own, its standard error against its textbook form, exact match against generation."""
+"""Held-out loss against transformers' own, its error against textbook forms, exact match against generation."""
 
 from __future__ import annotations
 
