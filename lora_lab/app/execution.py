@@ -74,7 +74,7 @@ def _check_before_loading(plan: Plan, *, cache: Path) -> None:
 
 
 def _metric_problems(plan: Plan) -> list[Problem]:
-    """Metrics of a study that none of its trials will have: a slip that would otherwise show after hours of training."""
+    """Metrics of a study that none of its trials will have: a slip that would otherwise show after training."""
     if plan.study is None:
         return []
     sources = sorted({"heldout", "train", *(task for job in plan.jobs for task in job.trial.evaluation.tasks)})
