@@ -1,3 +1,8 @@
 """LoRA Lab: experiment sweeps about fine-tuning, with error bars, time and memory in a local ledger."""
 
+import logging
+
 __version__ = "0.1.0"
+
+# At import bitsandbytes tells everybody that an optional kernel from a hub is not installed; nobody here needs it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

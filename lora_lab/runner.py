@@ -225,11 +225,15 @@ def _train(
         gathered.measurements["peak_allocated_bytes"] = meter.measurements["train_peak_allocated_bytes"]
         gathered.measurements["peak_reserved_bytes"] = meter.measurements["train_peak_reserved_bytes"]
     listener.phase("saving")
+    saved = "adapter_file_bytes" if job.trial.method.has_adapter else "model_file_bytes"
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in member.parameters):
+        gathered.missing[saved] = "not saved: the weights hold NaN or Inf"
+        return member.diverged or f"step {member.step}: the update left weights that are not finite"
     with gathered.timed("save"):
         if job.trial.method.has_adapter:
-            gathered.measurements["adapter_file_bytes"] = save_adapter(attached.model, folder.adapter_folder)
+            gathered.measurements[saved] = save_adapter(attached.model, folder.adapter_folder)
         else:
-            gathered.measurements["model_file_bytes"] = save_model(attached.model, base.tokenizer, folder.model_folder)
+            gathered.measurements[saved] = save_model(attached.model, base.tokenizer, folder.model_folder)
     return member.diverged
 
 

@@ -8,46 +8,79 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import hydra
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_lab.app.changes import (
+    Change,
+    changes_from_text,
+    changes_from_value,
+    choice_problems,
+    key_problems,
+    set_value,
+    top,
+)
+from lora_lab.app.interpolation import first_line, hidden_keys, plain_mapping
 from lora_lab.app.locations import conf_folder
-from lora_lab.app.overrides import parse, rewrite_choice
-from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.errors import InputError, Problem
+
+_Composed = tuple[dict[str, Any], dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """One point: the whole configuration as a plain mapping, and the overrides that led to it."""
+    """One point: the whole configuration as a plain mapping, and the overrides that led to it.
+
+    problems: what was wrong with them; such overrides are left out of `mapping`, and `doubtful` are the top-level keys
+    they were about. places: `file:line:column` by key, for values that stand in a study file. hidden: how keys whose
+    value comes from an environment variable were written; their values are never shown.
+    """
 
     mapping: Mapping[str, Any]
     overrides: tuple[str, ...]
+    problems: tuple[Problem, ...] = ()
+    doubtful: frozenset[str] = frozenset()
+    places: Mapping[str, str] = field(default_factory=dict)
+    hidden: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """One override: a choice of a group, a value to set, or (`structural`) something only Hydra can apply."""
+@dataclass(slots=True)
+class _Findings:
+    """What is wrong with a point, and the top-level keys about which nothing more can be said."""
 
-    key: str
-    value: Any
-    line: str
-    structural: bool
+    problems: list[Problem] = field(default_factory=list)
+    doubtful: set[str] = field(default_factory=set)
+
+    def add(self, problems: Iterable[Problem]) -> bool:
+        found = list(problems)
+        self.problems += found
+        self.doubtful |= {top(problem.where) for problem in found}
+        return bool(found)
 
 
-def config_loader() -> ConfigLoader:
-    """Hydra's loader on the lab's own conf/."""
+def config_loader(*, primary: Path | None = None, extra: Path | None = None) -> ConfigLoader:
+    """Hydra's loader on the lab's own conf/ (or on `primary`); `extra` is a folder of more leaves (`--config-dir`)."""
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        loader: ConfigLoader = GlobalHydra.instance().config_loader()
+    version.setbase("1.3")
+    search_path = create_config_search_path(f"file://{primary or conf_folder()}")
+    if extra is not None:
+        before = SearchPathQuery(provider="schema")
+        search_path.prepend(provider="command-line", path=f"file://{extra.absolute()}", anchor=before)
+    made = Hydra.create_main_hydra2(task_name="lora-lab", config_search_path=search_path)
+    loader: ConfigLoader = made.config_loader
+    GlobalHydra.instance().clear()
     return loader
 
 
@@ -60,7 +93,7 @@ class Composer:
         self._groups = {
             group: sorted(loader.get_group_options(group)) for group in loader.list_groups("") if group != "hydra"
         }
-        self._composed: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._composed: dict[tuple[str, ...], _Composed] = {}
 
     def compose(self, overrides: Sequence[str], *, under: Mapping[str, Any] | None = None) -> Composition:
         """One point. `under`: values of a study, applied before the command line's overrides, which win.
@@ -68,132 +101,84 @@ class Composer:
         Raises:
             InputError: listing every unknown key, unknown choice and failed interpolation of this point.
         """
-        changes = [change for key, value in (under or {}).items() for change in self._from_value(key, value)]
-        own = [change for text in overrides for change in self._from_override(parse(text))]
-        changes = [change for change in changes if change.key not in {one.key for one in own}] + own
-        self._check_choices(changes)
-        hydra_lines = tuple(one.line for one in changes if one.structural or one.key in self._groups)
-        mapping = copy.deepcopy(self._compose_with_hydra(hydra_lines))
-        problems = [problem for one in changes if one.line not in hydra_lines for problem in _set(mapping, one)]
-        problems += _missing(mapping, "")
-        if problems:
-            raise InputError(problems)
-        return Composition(mapping, tuple(one.line for one in changes))
+        composition = self.attempt(overrides, under=under)
+        if composition.problems:
+            raise InputError(composition.problems)
+        return composition
 
-    def _from_override(self, override: Override) -> list[_Change]:
-        key, line = override.key_or_group, override.input_line or ""
-        value = override.value()
-        plain = not (override.is_delete() or override.is_add() or override.is_force_add() or override.package)
-        if plain and key in self._groups:
-            rewritten = rewrite_choice(key, value, self._groups[key])
-            if rewritten is not None:
-                return [change for text in rewritten for change in self._from_override(parse(text))]
-        if override.is_add() and not key.startswith("hydra"):
-            raise InputError(Problem(key, "unknown key" + nearest(key, self._known_keys(key))))
-        # Mappings merge and interpolations resolve against the whole: both are left to Hydra.
-        structural = not plain or isinstance(value, dict) or "${" in line
-        return [_Change(key, _plain(value), line, structural and key not in self._groups)]
-
-    def _from_value(self, key: str, value: Any) -> list[_Change]:
-        shown = f"[{','.join(map(str, value))}]" if isinstance(value, (list, tuple)) else value
-        line = f"{key}={'null' if shown is None else str(shown).lower() if isinstance(shown, bool) else shown}"
-        if key in self._groups or isinstance(value, Mapping):
-            return self._from_override(parse(line))
-        return [_Change(key, value, line, False)]
-
-    def _known_keys(self, key: str) -> list[str]:
-        node: Any = self._compose_with_hydra(())
-        for step in key.split(".")[:-1]:
-            node = node.get(step) if isinstance(node, Mapping) else None
-        return sorted(node) if isinstance(node, Mapping) else sorted(self._compose_with_hydra(()))
-
-    def _check_choices(self, changes: Sequence[_Change]) -> None:
-        problems = []
-        for change in changes:
-            options = self._groups.get(change.key)
-            if options is None or change.structural:
+    def attempt(self, overrides: Sequence[str], *, under: Mapping[str, Any] | None = None) -> Composition:
+        """Like `compose`, but what is wrong is in the result, beside what is right."""
+        found = _Findings()
+        below = self._read(found, changes_from_value, (under or {}).items())
+        own = self._read(found, changes_from_text, ((text,) for text in overrides))
+        changes = [change for change in below if change.key not in {one.key for one in own}] + own
+        # Keys below a choice that does not exist cannot be judged.
+        unknown = {one.key for one in changes if found.add(choice_problems(one, self._groups))}
+        changes = [one for one in changes if one.top not in unknown]
+        choices = [one for one in changes if one.key in self._groups and not one.structural]
+        mapping, hidden = copy.deepcopy(self._with_hydra(changes, choices, found))
+        for one in changes:
+            if one in choices or one.structural or found.add(key_problems(one, mapping)):
                 continue
-            chosen = change.value if isinstance(change.value, list) else [change.value]
-            for value in chosen:
-                if value is None or value == "":
-                    problems.append(Problem(change.key, f"empty value; expected one of {', '.join(options)}"))
-                elif str(value) not in options:
-                    problems.append(Problem(change.key, f'no such choice "{value}"' + nearest(str(value), options)))
-        if problems:
-            raise InputError(problems)
+            set_value(mapping, one)
+            hidden.pop(one.key, None)
+        found.add(_missing(mapping, ""))
+        return Composition(
+            mapping=mapping,
+            overrides=tuple(one.line for one in changes),
+            problems=tuple(dict.fromkeys(found.problems)),
+            doubtful=frozenset(found.doubtful),
+            hidden=hidden,
+        )
 
-    def _compose_with_hydra(self, lines: tuple[str, ...]) -> dict[str, Any]:
+    def _read(
+        self, found: _Findings, read: Callable[..., list[Change]], sources: Iterable[tuple[Any, ...]]
+    ) -> list[Change]:
+        changes: list[Change] = []
+        for source in sources:
+            try:
+                changes += read(*source, self._groups)
+            except InputError as error:
+                found.add(error.problems)
+        return changes
+
+    def _with_hydra(self, changes: Sequence[Change], choices: Sequence[Change], found: _Findings) -> _Composed:
+        """What only Hydra can apply; as much of it as can be applied."""
+        try:
+            plain = self._compose_with_hydra(tuple(one.line for one in choices))
+        except InputError as error:
+            found.add(error.problems)
+            found.doubtful |= {one.key for one in choices}
+            plain = self._compose_with_hydra(())
+        structural = [one for one in changes if one.structural]
+        # `++` may add an entry to a mapping such as data.mixture; what is no entry is refused by the schema.
+        wrong = [one for one in structural if one.line[:2] != "++" and found.add(key_problems(one, plain[0]))]
+        lines = [one for one in changes if one in choices or (one.structural and one not in wrong)]
+        if len(lines) == len(choices) or found.doubtful & {one.key for one in choices}:
+            return plain
+        try:
+            return self._compose_with_hydra(tuple(one.line for one in lines))
+        except InputError as error:
+            found.add(error.problems)
+            found.doubtful |= {one.top for one in structural}
+            return plain
+
+    def _compose_with_hydra(self, lines: tuple[str, ...]) -> _Composed:
         if lines not in self._composed:
             try:
                 config = self._loader.load_sweep_config(self._master, list(lines))
-                self._composed[lines] = plain_mapping(config)
+                self._composed[lines] = plain_mapping(config), hidden_keys(config)
             except (HydraException, OmegaConfBaseException) as error:
-                raise InputError(Problem(" ".join(lines), _first_line(error))) from None
+                raise InputError(_hydra_problem(error, lines)) from None
         return self._composed[lines]
 
 
-def plain_mapping(config: DictConfig) -> dict[str, Any]:
-    """A composed configuration without Hydra's own node, every interpolation resolved.
-
-    Raises:
-        InputError: naming the key whose interpolation fails; values of other environment variables are never shown.
-    """
-    without_hydra = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    try:
-        mapping = OmegaConf.to_container(without_hydra, resolve=True)
-    except OmegaConfBaseException as error:
-        key = str(error.full_key or "")
-        text = _first_line(error)
-        if "Recursive" in text:
-            text = f"interpolations in a circle: {' -> '.join(_circle(without_hydra, key))}"
-        raise InputError(Problem(key, text)) from None
-    assert isinstance(mapping, dict)
-    return {str(key): value for key, value in mapping.items()}
-
-
-def _circle(config: DictConfig, start: str) -> list[str]:
-    """The keys that refer to each other, from `start` until one comes again."""
-    chain = [start]
-    while match := re.search(r"\$\{([\w.]+)\}", str(_unresolved(config, chain[-1]))):
-        chain.append(match.group(1))
-        if chain[-1] in chain[:-1]:
-            break
-    return chain
-
-
-def _unresolved(config: DictConfig, key: str) -> Any:
-    node: Any = OmegaConf.to_container(config, resolve=False)
-    for step in key.split("."):
-        node = node.get(step) if isinstance(node, dict) else None
-    return node
-
-
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__
-    text = str(error).splitlines()[0]
-    return f"{text}: {str(cause).splitlines()[0]}" if cause is not None and str(cause) else text
-
-
-def _plain(value: Any) -> Any:
-    """A parsed value without the parser's own types."""
-    if isinstance(value, QuotedString):
-        return value.text
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return value
-
-
-def _set(mapping: dict[str, Any], change: _Change) -> list[Problem]:
-    """Sets one existing key; an unknown one is a problem that names the nearest."""
-    node: Any = mapping
-    *path, last = change.key.split(".")
-    for step in path:
-        node = node.get(step) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or last not in node:
-        known = sorted(node) if isinstance(node, dict) else sorted(mapping)
-        return [Problem(change.key, "unknown key" + nearest(last, known))]
-    node[last] = change.value
-    return []
+def _hydra_problem(error: BaseException, lines: Sequence[str]) -> Problem:
+    """Hydra names the key it could not override in quotes."""
+    text = first_line(error)
+    named = re.search(r"override '([^']+)'", text)
+    where = named.group(1) if named else " ".join(lines)
+    return Problem(where, text.replace("Could not override", "cannot change"))
 
 
 def _missing(node: Mapping[str, Any], prefix: str) -> list[Problem]:

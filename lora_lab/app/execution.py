@@ -49,6 +49,8 @@ def _run(plan: Plan, *, as_json: bool) -> int:
         print_table(table)
     for name in tally.elsewhere:
         print(f"{name}: running in another process; run the same command again for its result", file=sys.stderr)
+    if tally.left_out:
+        print(f"fail_fast: {tally.left_out} runs left out; the same command runs them", file=sys.stderr)
     return _exit_code(records, expected=len(plan.jobs))
 
 

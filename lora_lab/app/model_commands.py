@@ -14,7 +14,8 @@ from hydra.types import RunMode
 
 from lora_lab.adapters.merge import combine, merge_into_base
 from lora_lab.adapters.save import load_adapter, save_adapter, save_model
-from lora_lab.app.compose import config_loader, plain_mapping
+from lora_lab.app.compose import config_loader
+from lora_lab.app.interpolation import plain_mapping
 from lora_lab.app.ledger_commands import add_root, open_ledger
 from lora_lab.data.encode import prompt_ids
 from lora_lab.data.rows import Row
@@ -89,23 +90,53 @@ def _merge(arguments: Sequence[str]) -> int:
     parser.add_argument("run", nargs="+", help="id, start of an id, or readable name")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--weights", help="several runs: one number each, as 0.5,0.5 (default: equal shares)")
-    parser.add_argument("--kind", default="linear", help="several runs: linear, svd or ties")
+    parser.add_argument("--kind", help="several runs: linear (default), svd or ties")
     parser.add_argument("--density", type=float, help="ties: share of each adapter's weights that is kept, as 0.5")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    if options.output.exists():
-        raise InputError(Problem("--output", f"{options.output} exists already"))
-    ledger = open_ledger(options.root)
-    records = [ledger.resolve(name) for name in options.run]
+    records = _mergeable(options)
     _, base, model = _load_run(records[0], cache=_cache(options), device=choose_device(options.device))
-    if records[0].trial["method"]["kind"] in ("full", "base"):
-        raise InputError(
-            Problem(options.run[0], f"method={records[0].trial['method']['kind']} has no adapter to merge")
-        )
     report = _merge_one(model, base, options) if len(records) == 1 else _merge_several(model, records, options)
     json.dump(report, sys.stdout, indent=None if options.json else 2)
     print()
     return 0
+
+
+def _mergeable(options: argparse.Namespace) -> list[RunRecord]:
+    """The runs that were named; raises InputError with all that keeps them from being merged."""
+    ledger = open_ledger(options.root)
+    records = [ledger.resolve(name) for name in options.run]
+    problems = [problem for record in records for problem in _adapter_problems(record)]
+    ids = [record.run_id for record in records]
+    problems += [Problem(run_id, "given more than once") for run_id in dict.fromkeys(ids) if ids.count(run_id) > 1]
+    problems += [
+        Problem(record.run_id, "was trained on another base model than the first run")
+        for record in records[1:]
+        if record.trial.get("model") != records[0].trial.get("model")
+    ]
+    if len(records) == 1:
+        given = {"--kind": options.kind, "--weights": options.weights, "--density": options.density}
+        problems += [Problem(key, "is for several runs; one was given") for key, value in given.items() if value]
+    if options.output.exists():
+        problems.append(Problem("--output", f"{options.output} exists already"))
+    if problems:
+        raise InputError(problems)
+    return records
+
+
+def _adapter_problems(record: RunRecord) -> list[Problem]:
+    kind = record.trial.get("method", {}).get("kind")
+    if kind in ("full", "base"):
+        return [Problem(record.run_id, f"method={kind} has no adapter to merge")]
+    return _saved_problems(record, record.adapter_folder)
+
+
+def _saved_problems(record: RunRecord, folder: Path) -> list[Problem]:
+    if record.header is None:
+        return [Problem(record.run_id, record.problem or f"{record.state}: it cannot be read")]
+    if folder.is_dir():
+        return []
+    return [Problem(record.run_id, f"{record.name} is {record.state} and has saved no {folder.name}")]
 
 
 def _merge_one(model: Any, base: LoadedBase, options: argparse.Namespace) -> dict[str, Any]:
@@ -129,16 +160,15 @@ def _merge_several(model: Any, records: Sequence[RunRecord], options: argparse.N
     weights = _weights(options.weights, len(records))
     names = ["default"]
     for index, record in enumerate(records[1:], start=1):
-        if record.trial["model"] != records[0].trial["model"]:
-            raise InputError(Problem(record.run_id, "was trained on another base model than the first run"))
         load_adapter(model, record.adapter_folder, name=f"other{index}")
         names.append(f"other{index}")
-    combine(model, names, weights, kind=options.kind, density=options.density, result="merged")
+    kind = options.kind or "linear"
+    combine(model, names, weights, kind=kind, density=options.density, result="merged")
     size = save_adapter(model, options.output, name="merged")
     return {
         "output": str(options.output),
         "bytes": size,
-        "kind": options.kind,
+        "kind": kind,
         "weights": weights,
         "runs": [record.run_id for record in records],
     }
@@ -157,7 +187,11 @@ def _weights(text: str | None, count: int) -> list[float]:
 
 
 def _load_run(record: RunRecord, *, cache: Path, device: torch.device) -> tuple[Trial, LoadedBase, Any]:
-    """The trial of a run, its base, and the model as it was scored."""
+    """The trial of a run, its base, and the model as it was scored; raises InputError where it was not saved."""
+    kind = record.trial.get("method", {}).get("kind")
+    needed = {"base": record.folder, "full": record.model_folder}.get(str(kind), record.adapter_folder)
+    if problems := _saved_problems(record, needed):
+        raise InputError(problems)
     trial = read_trial(record.trial)
     model = trial.model
     if trial.method.kind == "full":

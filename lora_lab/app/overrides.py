@@ -10,24 +10,27 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.override_parser.types import Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
 from lora_lab.errors import InputError, Problem
 
 # Hydra's own settings that users may change: what reads or runs nothing, and writes nowhere.
-_HYDRA_KEYS = re.compile(r"hydra/|hydra\.(verbose$|mode$|searchpath$|sweeper\.params\.|launcher\.(?!_target_))")
+_HYDRA_KEYS = re.compile(r"hydra/(launcher|sweeper)$|hydra\.(verbose$|mode$|searchpath$|sweeper\.params\.|launcher\.)")
+SWEEPER_AXIS = "hydra.sweeper.params."
 
 
 @functools.cache
 def parse(text: str) -> Override:
     """One override; raises InputError with a plain sentence for text that is not one."""
     key, equals, value = text.partition("=")
-    if not equals and not text.startswith("~"):
+    if not key.strip() or (not equals and not text.startswith("~")):
         raise InputError(Problem(text, "expected KEY=VALUE"))
     try:
         return OverridesParser.create().parse_override(text)
@@ -43,18 +46,23 @@ def _syntax_message(text: str, value: str, error: Exception) -> str:
             return f'"{closing}" without "{opening}" in {text}'
     if value.rstrip().endswith(","):
         return f"trailing comma in {text}"
-    return f"cannot read {text} ({str(error).splitlines()[0]})"
+    reason = str(error).splitlines()[0].partition(" expecting ")[0]
+    return f"cannot read {text} ({reason}); text with special characters is written KEY='...' in quotes"
 
 
-def check(texts: Sequence[str], *, multirun: bool) -> list[Override]:
-    """All overrides of a command line, parsed.
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The overrides of a command line that are well-formed and open to users, and what is wrong with the others."""
 
-    Raises:
-        InputError: listing every override that does not parse, is given twice, sweeps without `-m`, or reaches for
-            settings of Hydra that could write outside the lab's root or run code.
-    """
+    overrides: tuple[Override, ...]
+    problems: tuple[Problem, ...]
+
+
+def check(texts: Sequence[str], *, multirun: bool) -> Checked:
+    """Parses all overrides. Problems: an override that does not parse, is given twice, sweeps without `-m`, or reaches
+    for settings of Hydra that could write outside the lab's root or run code."""
     problems: list[Problem] = []
-    parsed: list[Override] = []
+    good: list[Override] = []
     seen: dict[str, str] = {}
     for text in texts:
         try:
@@ -62,30 +70,46 @@ def check(texts: Sequence[str], *, multirun: bool) -> list[Override]:
         except InputError as error:
             problems.extend(error.problems)
             continue
-        parsed.append(override)
         key = override.key_or_group
+        wrong = list(_content_problems(override, multirun=multirun))
         if key in seen:
-            problems.append(Problem(key, f"given twice: {seen[key]} and {text}"))
+            wrong.append(Problem(key, f"given twice: {seen[key]} and {text}"))
         seen[key] = text
-        problems.extend(_content_problems(override, multirun=multirun))
-    if problems:
-        raise InputError(problems)
-    return parsed
+        problems += wrong
+        if not wrong:
+            good.append(override)
+    return Checked(tuple(good), tuple(problems))
 
 
 def _content_problems(override: Override, *, multirun: bool) -> Iterable[Problem]:
     key, text = override.key_or_group, override.input_line
-    if "_target_" in key:
+    if "_target_" in key or _names_target(override.value()):
         yield Problem(key, "configuration holds values only; nothing is instantiated from it")
     elif key.startswith("hydra") and not _HYDRA_KEYS.match(key):
         yield Problem(key, "not open to users: the lab writes below root=DIR only; use root=, or hydra/launcher=")
+    elif override.package is not None:
+        yield Problem(f"{key}@{override.package}", f"a choice cannot be put elsewhere; write {key}=...")
     if override.is_sweep_override():
         if not multirun:
             yield Problem(key, f"{text} is a sweep, which needs -m; a list is written {key}=[a,b]")
-        elif isinstance(override.value(), RangeSweep) and override.value().step == 0:
-            yield Problem(key, f"range step is 0 in {text}")
+        elif isinstance(override.value(), RangeSweep):
+            yield from _range_problems(override)
         elif override.is_interval_sweep():
             yield Problem(key, f"{text}: an interval has no points to enumerate; use range() or a list of values")
+
+
+def _range_problems(override: Override) -> Iterable[Problem]:
+    sweep = override.value()
+    if not all(math.isfinite(part) for part in (sweep.start, sweep.stop, sweep.step)):
+        yield Problem(override.key_or_group, f"a range must be finite, got {override.input_line}")
+    elif sweep.step == 0:
+        yield Problem(override.key_or_group, f"range step is 0 in {override.input_line}")
+
+
+def _names_target(value: object) -> bool:
+    if isinstance(value, dict):
+        return any("_target_" in str(key) or _names_target(inner) for key, inner in value.items())
+    return isinstance(value, list) and any(map(_names_target, value))
 
 
 def expand(overrides: Sequence[Override], *, max_runs: object) -> list[list[str]]:
@@ -96,28 +120,36 @@ def expand(overrides: Sequence[Override], *, max_runs: object) -> list[list[str]
     """
     if isinstance(max_runs, bool) or not isinstance(max_runs, int) or max_runs < 1:
         raise InputError(Problem("max_runs", f"expected an integer >= 1, got {max_runs}"))
-    axes = [_values(override, limit=max_runs + 1) for override in overrides]
-    size = math.prod(_size(override, axis) for override, axis in zip(overrides, axes, strict=True))
-    if size == 0:
-        empty = [one.input_line for one, axis in zip(overrides, axes, strict=True) if not axis]
+    sizes = [_size(override) for override in overrides]
+    empty = [str(one.input_line) for one, size in zip(overrides, sizes, strict=True) if size == 0]
+    if empty:
         raise InputError(f"no points to run: {', '.join(empty)} is empty")
+    size = math.prod(sizes)
     if size > max_runs:
         raise InputError(Problem("max_runs", f"{size:,} runs; limit {max_runs:,}; pass max_runs={size} to allow it"))
-    return [list(point) for point in itertools.product(*axes)]
+    return [list(point) for point in itertools.product(*map(_values, overrides))]
 
 
-def _values(override: Override, *, limit: int) -> list[str]:
+def first_point(overrides: Sequence[Override]) -> list[str]:
+    """One point of a sweep that cannot be enumerated, so that its other problems can be told as well."""
+    return [text for override in overrides if _size(override) for text in itertools.islice(_values(override), 1)]
+
+
+def _values(override: Override) -> Iterator[str]:
     key = override.get_key_element()
     if not override.is_sweep_override():
-        return [f"{key}={override.get_value_element_as_str()}"]
-    return [f"{key}={value}" for value in itertools.islice(override.sweep_string_iterator(), limit)]
+        return iter([f"{key}={override.get_value_element_as_str()}"])
+    return (f"{key}={value}" for value in override.sweep_string_iterator())
 
 
-def _size(override: Override, axis: list[str]) -> int:
-    sweep = override.value() if override.is_sweep_override() else None
-    if isinstance(sweep, RangeSweep) and all(isinstance(part, int) for part in (sweep.start, sweep.stop, sweep.step)):
-        return len(range(sweep.start, sweep.stop, sweep.step))
-    return len(axis)
+def _size(override: Override) -> int:
+    if not override.is_sweep_override():
+        return 1
+    sweep = override.value()
+    if isinstance(sweep, RangeSweep):
+        start, stop, step = (Decimal(part) for part in (sweep.start, sweep.stop, sweep.step))
+        return max(0, math.ceil((stop - start) / step))
+    return sum(1 for _ in override.sweep_iterator())
 
 
 def rewrite_choice(group: str, value: object, options: Sequence[str]) -> list[str] | None:
@@ -127,10 +159,22 @@ def rewrite_choice(group: str, value: object, options: Sequence[str]) -> list[st
     names modules.
     """
     if group == "model" and isinstance(value, str) and value not in options:
-        if Path(value).is_dir():
-            return ["model=folder", f"model.path='{value}'"]
+        if value.startswith(("./", "../", "/", "~")) or value in (".", "..") or _is_folder(value):
+            return ["model=folder", f"model.path={_quoted(value)}"]
         if re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not value.startswith("."):
             return ["model=hub", f"model.repo='{value}'"]
-    if group == "target" and isinstance(value, list) and value and not set(map(str, value)) & set(options):
-        return ["target=[]", f"target.modules=[{','.join(map(str, value))}]"]
+    if group == "target" and isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        if not set(value) & set(options):
+            return ["target=[]", f"target.modules=[{','.join(map(_quoted, value))}]"]
     return None
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).is_dir()
+    except (OSError, ValueError):  # too long, or a NUL inside
+        return False
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text=text, quote=Quote.single).with_quotes()

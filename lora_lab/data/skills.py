@@ -46,16 +46,14 @@ class Skill:
 
 
 TRAINED: Mapping[str, Skill] = {
-    "calendar": Skill("calendar_arithmetic", {"tasks": ["weekday_of_date"], "year": 2022}),
     "chain_sum": Skill("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
-    "count_bits": Skill("count_bits", {"min_n": 1, "max_n": 1000}),
     "gcd": Skill("gcd", {"min_value": 2, "max_value": 40}, cut=" Give only"),
-    "letter_counting": Skill("letter_counting", {"min_words": 2, "max_words": 4}),
+    "letter_jumble": Skill("letter_jumble", {"min_words": 2, "max_words": 2}, start="unscramble these words"),
     "number_sequence": Skill(
         "number_sequence", {"min_terms": 4, "max_terms": 5, "min_value": 0, "max_value": 20, "max_complexity": 2}
     ),
     "spell_backward": Skill("spell_backward", {"min_word_len": 3, "max_word_len": 4}),
-    "word_reversal": Skill("word_sequence_reversal", {"min_words": 2, "max_words": 3}, start="Reverse this list"),
+    "word_reversal": Skill("word_sequence_reversal", {"min_words": 3, "max_words": 3}, start="Reverse this list"),
 }
 UNSEEN: Mapping[str, Skill] = {
     "fraction_simplification": Skill(

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from lora_lab.evaluate.local_documents import (
     skills_documents,
 )
 from lora_lab.evaluate.mirror import mirror_configs
-from lora_lab.schema.evaluation import Evaluation
+from lora_lab.schema.evaluation import Evaluation, ProseTasks, SkillsTasks
 
 _VERSION = 1  # of the four tasks below; raised when a prompt or a document changes
 _CHOICE_METRICS = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
@@ -85,18 +86,19 @@ def _needs_defaults(located: Located) -> bool:
 
 
 def _local_configs(evaluation: Evaluation, names: Sequence[str]) -> dict[str, tuple[dict[str, Any], list[Document]]]:
-    return {name: _local_task(name, evaluation) for name in names}
+    return {name: _local_task(name, evaluation.skills, evaluation.prose) for name in names}
 
 
-def _local_task(name: str, evaluation: Evaluation) -> tuple[dict[str, Any], list[Document]]:
+@lru_cache(maxsize=16)  # every run of a sweep asks for the same documents
+def _local_task(name: str, skills: SkillsTasks, prose: ProseTasks) -> tuple[dict[str, Any], list[Document]]:
     documents: list[Document]
     if name == "prose_perplexity":
-        shape, documents = "perplexity", perplexity_documents(evaluation.prose)
+        shape, documents = "perplexity", perplexity_documents(prose)
     elif name == "prose_completion":
-        shape, documents = "completion", completion_documents(evaluation.prose)
+        shape, documents = "completion", completion_documents(prose)
     else:
-        skills = TRAINED if name == "skills_trained" else UNSEEN
-        shape, documents = "skills", skills_documents(skills, evaluation.skills)
+        chosen = TRAINED if name == "skills_trained" else UNSEEN
+        shape, documents = "skills", skills_documents(chosen, skills)
     config = {
         "task": name,
         "dataset_path": "json",

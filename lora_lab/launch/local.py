@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_lab.plan.job import Job
 from lora_lab.plan.steps import steps_of
 from lora_lab.record.environment import environment
 from lora_lab.record.ledger import Ledger
+from lora_lab.record.result import Status
 from lora_lab.record.run_folder import RunFolder
 from lora_lab.report.progress import Progress
 from lora_lab.runner import choose_device, gpu_facts, run_job
@@ -28,33 +31,64 @@ class Tally:
 
 
 def run_jobs(jobs: Sequence[Job], ledger: Ledger, lab: Lab, *, cache: Path, progress: Progress) -> Tally:
-    """Runs every job that has no final result yet."""
+    """Runs every job that has no final result yet.
+
+    What another process holds is looked at once more when the rest is through: by then it may be done, or free again
+    because that process has died.
+    """
     device = choose_device(lab.launch.device)
     ledger.prepare()
     surroundings = environment(gpu_facts(device))
     todo = [job for job in jobs if not _is_done(ledger, job)]
-    ran, elsewhere, left_out = 0, [], 0
     progress.begin(len(todo))
-    for index, job in enumerate(todo):
-        steps = steps_of(job.trial, job.train_rows)
-        status = None
-        for _ in range(1 + lab.launch.retries):
-            folder = _claim(ledger, job, surroundings)
-            if folder is None:
-                elsewhere.append(job.name)
-                break
-            with folder:
-                progress.run_started(index, job.name, 0 if steps is None else steps.steps)
-                result = run_job(job, folder, device=device, cache=cache, listener=progress)
-                progress.run_finished(job.name, result.status, result.reason)
-            status = result.status
-            if status.is_final:
-                break
+
+    def attempt(index: int) -> Status | None:
+        return _run(index, todo[index], ledger, lab, surroundings, device=device, cache=cache, progress=progress)
+
+    ran = 0
+    held: list[int] = []
+    for index in range(len(todo)):
+        status = attempt(index)
         ran += status is not None
-        if lab.fail_fast and status is not None and not status.is_final:
-            left_out = len(todo) - index - 1
+        if status is None:
+            held.append(index)
+        elif lab.fail_fast and not status.is_final:
+            return Tally(ran, len(jobs) - len(todo), (), len(todo) - index - 1)
+    elsewhere: list[str] = []
+    for index in held:
+        status = attempt(index)
+        ran += status is not None
+        if status is None and not _is_done(ledger, todo[index]):
+            elsewhere.append(todo[index].name)
+    return Tally(ran, len(jobs) - len(todo), tuple(elsewhere), 0)
+
+
+def _run(
+    index: int,
+    job: Job,
+    ledger: Ledger,
+    lab: Lab,
+    surroundings: Mapping[str, Any],
+    *,
+    device: torch.device,
+    cache: Path,
+    progress: Progress,
+) -> Status | None:
+    """Runs one job until it has a final result or the retries are used up; None where it is not ours to run."""
+    steps = steps_of(job.trial, job.train_rows)
+    status = None
+    for _ in range(1 + lab.launch.retries):
+        folder = _claim(ledger, job, surroundings)
+        if folder is None:
             break
-    return Tally(ran, len(jobs) - len(todo), tuple(elsewhere), left_out)
+        with folder:
+            progress.run_started(index, job.name, 0 if steps is None else steps.steps)
+            result = run_job(job, folder, device=device, cache=cache, listener=progress)
+            progress.run_finished(job.name, result.status, result.reason)
+        status = result.status
+        if status.is_final:
+            break
+    return status
 
 
 def _is_done(ledger: Ledger, job: Job) -> bool:

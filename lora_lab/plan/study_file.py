@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.plan.paths import existing
-from lora_lab.plan.strict_yaml import read_yaml
+from lora_lab.plan.strict_yaml import Document, read_yaml
 from lora_lab.schema.labels import check_label
 from lora_lab.schema.study import Study, study_from
 
@@ -28,6 +28,40 @@ def read_study(path: Path) -> Study:
                 for problem in error.problems
             ]
         ) from None
+
+
+def read_study_with_places(path: Path) -> tuple[Study, dict[tuple[str, str], str]]:
+    """The study, and `file:line:column` by `value_key` for every value it sets, where the value stands first.
+
+    Raises:
+        InputError: as `read_study`.
+    """
+    study, document = read_study(path), read_yaml(path)
+    places: dict[tuple[str, str], str] = {}
+    for key, value, keys in _values(study, document):
+        places.setdefault(value_key(key, value), document.where(keys))
+    return study, places
+
+
+def _values(study: Study, document: Document) -> Iterator[tuple[str, object, tuple[str, ...]]]:
+    """Key, value, and path inside the file."""
+    for key, value in study.base.items():
+        yield key, value, ("base", key)
+    for number, grid in enumerate(study.grids):
+        outside = document.content["grids"][number]
+        for axes in grid.dimensions:
+            for key, axis in axes.items():
+                path = ("grids", str(number), key) if key in outside else ("grids", str(number), "zip", key)
+                for index, value in enumerate(axis):
+                    yield key, value, (*path, str(index))
+    for key, listed in (("seed", study.seeds), ("metrics", study.metrics)):
+        for index, value in enumerate(listed):
+            yield key, value, ("seeds" if key == "seed" else key, str(index))
+
+
+def value_key(key: str, value: object) -> tuple[str, str]:
+    """How a value of a study is looked up in the places of `read_study_with_places`."""
+    return key, repr(value)
 
 
 def find_study(name: str, folders: Sequence[Path]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lora_lab.errors import Problem
@@ -13,8 +14,8 @@ _BITSANDBYTES = ("adamw8bit", "paged_adamw", "paged_adamw8bit", "lion")
 
 
 def combination_problems(trial: Trial) -> list[Problem]:
-    """Every rule that a trial with valid sections still breaks."""
-    return [problem for rule in _RULES for problem in rule(trial)]
+    """Every rule that a trial still breaks; of one with some sections only, the rules about those."""
+    return [problem for rule, needs in _RULES if needs <= trial.model_fields_set for problem in rule(trial)]
 
 
 def _full_needs_plain_weights(trial: Trial) -> list[Problem]:
@@ -93,11 +94,29 @@ def _rank_fits_the_width(trial: Trial) -> list[Problem]:
     return [Problem("rank", f"must be <= {shape.hidden_size}, the hidden size of {trial.model.name}, got {trial.rank}")]
 
 
-_RULES = (
-    _rank_fits_the_width,
-    _full_needs_plain_weights,
-    _double_precision_is_plain,
-    _adapter_needs_target,
-    _tied_weights_stay_tied,
-    _fused_projections_stay_whole,
+def _texts_say_something(trial: Trial) -> list[Problem]:
+    """A path of nothing would be read as the current folder."""
+    return [
+        Problem(f"{section}.{key}", "empty value; expected text")
+        for section, keys in _TEXTS.items()
+        if section in trial.model_fields_set
+        for key in keys
+        if getattr(getattr(trial, section), key, None) == ""
+    ]
+
+
+_TEXTS = {
+    "model": ("name", "path", "repo", "revision"),
+    "data": ("path", "heldout_path", "repo", "revision", "split"),
+    "evaluation": ("mirror", "include_path"),
+}
+# A rule, and the sections it looks at.
+_RULES: tuple[tuple[Callable[[Trial], list[Problem]], frozenset[str]], ...] = (
+    (_texts_say_something, frozenset()),
+    (_rank_fits_the_width, frozenset({"model", "method", "rank"})),
+    (_full_needs_plain_weights, frozenset({"method", "quantization"})),
+    (_double_precision_is_plain, frozenset({"training", "quantization", "optimizer"})),
+    (_adapter_needs_target, frozenset({"method", "target"})),
+    (_tied_weights_stay_tied, frozenset({"model", "method", "target"})),
+    (_fused_projections_stay_whole, frozenset({"model", "method", "target"})),
 )

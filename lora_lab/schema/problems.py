@@ -24,6 +24,7 @@ _EXPECTED = {
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
 }
+_TAG_ERRORS = ("union_tag_invalid", "union_tag_not_found")
 _RULES = {
     "greater_than": "must be > {gt}",
     "greater_than_equal": "must be >= {ge}",
@@ -40,31 +41,36 @@ def problems_of(error: ValidationError, model: type[BaseModel], mapping: Mapping
     problems: dict[str, Problem] = {}
     for entry in error.errors():
         path = _path_without_tags(entry["loc"], mapping)
+        if entry["type"] in _TAG_ERRORS and isinstance(entry["input"], Mapping):
+            path.append("kind")
         where = ".".join(path)
-        message = _message(entry, path, model)
-        # A union reports one error per member; the first that is not a bare type mismatch says most.
-        if where not in problems or problems[where].message.startswith("expected"):
+        message = _message(entry, path, model, mapping)
+        # A union reports one error per member; a broken rule (the type was right) says most, a bare mismatch least.
+        known = problems.get(where)
+        if known is None or known.message.startswith("expected") or entry["type"] in _RULES:
             problems[where] = Problem(where, message)
     return list(problems.values())
 
 
-def _message(entry: Any, path: Sequence[str], model: type[BaseModel]) -> str:
+def _message(entry: Any, path: Sequence[str], model: type[BaseModel], mapping: Mapping[str, Any]) -> str:
     kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
     if kind == "extra_forbidden":
-        return "unknown key" + nearest(path[-1], _fields_at(model, path[:-1]))
-    if kind == "missing":
+        return "unknown key" + nearest(path[-1], _fields_at(model, path[:-1], mapping))
+    if kind in ("missing", "union_tag_not_found"):
         return "missing"
     if kind == "value_error":
         return str(context["error"])
     if kind in ("union_tag_invalid", "literal_error"):
         choices = [part.strip().strip("'") for part in _choices(context)]
         shown = value.get("kind") if isinstance(value, Mapping) else value
+        if shown is None or shown == "":
+            return f"empty value ({_show(shown)}); expected one of {', '.join(choices)}"
         return f"no such choice {_show(shown)}" + nearest(str(shown), choices)
     if kind in _RULES:
         return f"{_RULES[kind].format(**context)}, got {_show(value)}"
     if kind in _EXPECTED:
-        if value == "":
-            return f"empty value; expected {_EXPECTED[kind]}"
+        if value is None or value == "":
+            return f"empty value ({_show(value)}); expected {_EXPECTED[kind]}"
         return f"expected {_EXPECTED[kind]}, got {_show(value)}{_number_hint(kind, value)}"
     return f"{entry['msg']}, got {_show(value)}"
 
@@ -95,14 +101,15 @@ def _path_without_tags(location: Sequence[int | str], mapping: Any) -> list[str]
     """pydantic puts the chosen union member into the path (`data.skills.path`); users know only keys."""
     path: list[str] = []
     node: Any = mapping
+    seen_tag = False
     for index, step in enumerate(location):
         last = index == len(location) - 1
         is_entry = isinstance(node, (list, tuple)) and isinstance(step, int) and step < len(node)
         if is_entry or (isinstance(node, Mapping) and step in node):
             path.append(str(step))
-            node = cast(Any, node)[step]
-        elif isinstance(node, Mapping) and node.get("kind") == step and not last:
-            continue
+            node, seen_tag = cast(Any, node)[step], False
+        elif isinstance(node, Mapping) and node.get("kind") == step and not seen_tag:
+            seen_tag = True
         elif last and not _is_type_tag(step):
             path.append(str(step))
     return path
@@ -112,17 +119,25 @@ def _is_type_tag(step: int | str) -> bool:
     return isinstance(step, str) and (step.endswith("]") or step in ("int", "float", "str", "bool"))
 
 
-def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """Names that are valid at a path; for a union the names of all its members."""
+def _fields_at(model: type[BaseModel], path: Sequence[str], mapping: Mapping[str, Any]) -> list[str]:
+    """Names that are valid at a path; for a union those of the member that `kind` chooses, or of all."""
     models: list[type[BaseModel]] = [model]
+    node: Any = mapping
     for step in path:
+        node = node.get(step) if isinstance(node, Mapping) else None
         models = [
             inner
             for outer in models
             if step in outer.model_fields
             for inner in _models_in(outer.model_fields[step].annotation)
         ]
+        models = [one for one in models if _is_of_kind(one, node)] or models
     return sorted({name for one in models for name in one.model_fields})
+
+
+def _is_of_kind(model: type[BaseModel], node: Any) -> bool:
+    field = model.model_fields.get("kind")
+    return field is not None and isinstance(node, Mapping) and node.get("kind") in typing.get_args(field.annotation)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

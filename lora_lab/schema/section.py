@@ -21,6 +21,24 @@ def _no_bool(value: object) -> object:
     return value
 
 
+def _whole(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"expected an integer, got {str(value).lower()}")
+    return value
+
+
+def _in_seed_range(seed: int) -> int:
+    if not 0 <= seed <= SEED_LIMIT:
+        raise ValueError(f"must be 0 to {SEED_LIMIT}, got {seed}")
+    return seed
+
+
+def _not_empty(text: str) -> str:
+    if not text.strip():
+        raise ValueError("empty value; expected text")
+    return text
+
+
 def _relative_names(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         if not value or len(value) > 200:
@@ -36,8 +54,9 @@ Number = Annotated[float, BeforeValidator(_no_bool)]
 Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
 NonNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=SEED_LIMIT)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Seed = Annotated[int, BeforeValidator(_whole), AfterValidator(_in_seed_range)]
+Text = Annotated[str, AfterValidator(_not_empty)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), AfterValidator(_relative_names)]
 Pair = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]

@@ -6,12 +6,16 @@ that lists everything wrong with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import re
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from lora_lab.errors import InputError
+from lora_lab.errors import InputError, Problem
 from lora_lab.schema.combinations import combination_problems
 from lora_lab.schema.data import Data
 from lora_lab.schema.evaluation import Evaluation
@@ -20,9 +24,12 @@ from lora_lab.schema.method import Method, Quantization, Target
 from lora_lab.schema.model import Model
 from lora_lab.schema.optimization import Optimizer, Scheduler, Training
 from lora_lab.schema.problems import problems_of
-from lora_lab.schema.section import Count, Fraction, Natural, Positive, Section, Seed
+from lora_lab.schema.section import SEED_LIMIT, Count, Fraction, Natural, Positive, Section, Seed, Text
 
 _ALPHA_WORDS = {"2r": 2.0, "r": 1.0, "r/2": 0.5}
+# Far beyond any use; a larger one is a slip of the keyboard that would only show as a diverged run.
+_ALPHA_LIMIT = 1_000_000
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 
 
 class Seeds(Section):
@@ -42,7 +49,7 @@ class Trial(Section):
     quantization: Quantization
     target: Target
     rank: Count
-    alpha: Positive
+    alpha: Annotated[Positive, Field(le=_ALPHA_LIMIT)]
     dropout: Fraction
     learning_rate: Positive
     optimizer: Optimizer
@@ -56,23 +63,34 @@ class Trial(Section):
     @model_validator(mode="before")
     @classmethod
     def _resolve(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        resolved = dict(values)
-        alpha, rank = resolved.get("alpha"), resolved.get("rank")
-        if isinstance(alpha, str) and alpha in _ALPHA_WORDS and isinstance(rank, int) and not isinstance(rank, bool):
-            resolved["alpha"] = _ALPHA_WORDS[alpha] * rank
-        seeds = resolved.get("seeds")
-        if isinstance(seeds, Mapping):
-            resolved["seeds"] = {key: resolved.get("seed") if seed is None else seed for key, seed in seeds.items()}
-        return resolved
+        return _resolved(values) if isinstance(values, Mapping) else values
 
     @field_validator("alpha", mode="before")
     @classmethod
     def _alpha_form(cls, alpha: object) -> object:
+        expected = 'a number > 0 or one of "2r", "r", "r/2"'
+        if alpha is None or alpha == "":
+            raise ValueError(f"empty value; expected {expected}")
         if isinstance(alpha, str):
-            raise ValueError(f'expected a number > 0 or one of "2r", "r", "r/2", got "{alpha}"')
+            raise ValueError(f'expected {expected}, got "{alpha[:100]}"')
         return alpha
+
+
+def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with alpha as a number and every seed set. A wrong rank or seed is named once, not by its followers."""
+    resolved = dict(values)
+    alpha, rank, seed = resolved.get("alpha"), resolved.get("rank"), resolved.get("seed")
+    if isinstance(alpha, str) and alpha in _ALPHA_WORDS:
+        resolved["alpha"] = _ALPHA_WORDS[alpha] * (rank if _is_whole(rank) and rank >= 1 else 1)
+    seeds = resolved.get("seeds")
+    if isinstance(seeds, Mapping):
+        followed = seed if _is_whole(seed) and 0 <= seed <= SEED_LIMIT else 0
+        resolved["seeds"] = {key: followed if own is None else own for key, own in seeds.items()}
+    return resolved
+
+
+def _is_whole(value: object) -> typing.TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class TrackingOff(Section):
@@ -88,12 +106,19 @@ class LocalLaunch(Section):
     device: str
     retries: Natural
 
+    @field_validator("device")
+    @classmethod
+    def _is_device(cls, device: str) -> str:
+        if not _DEVICE.fullmatch(device):
+            raise ValueError(f'expected auto, cpu, cuda or cuda:N, got "{device[:100]}"')
+        return device
+
 
 class Lab(Section):
     """Housekeeping: none of it is in a fingerprint."""
 
-    root: str
-    cache: str | None
+    root: Text
+    cache: Text | None
     study: str | None
     tag: Annotated[str | None, AfterValidator(check_label)]
     repeat: Natural
@@ -106,20 +131,56 @@ class Lab(Section):
 LAB_KEYS = frozenset(Lab.model_fields)
 
 
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What a mapping says, right or wrong. With problems, `trial` holds only the sections that are valid by themselves
+    (`trial.model_fields_set`), so that the rules about those can be checked in the same go."""
+
+    trial: Trial
+    problems: tuple[Problem, ...]
+
+
+def examine_trial(mapping: Mapping[str, Any], *, left_out: Collection[str]) -> Examined:
+    """Everything wrong with a mapping (housekeeping keys already taken out).
+
+    left_out: top-level keys that are known to be wrong already and are not looked at.
+    """
+    problems: list[Problem] = []
+    try:
+        trial = Trial.model_validate(dict(mapping))
+    except ValidationError as error:
+        problems = problems_of(error, Trial, mapping)
+        trial = _valid_sections(mapping, without={problem.where.split(".")[0] for problem in problems})
+    if left_out:
+        problems = [problem for problem in problems if problem.where.split(".")[0] not in left_out]
+        kept = trial.model_fields_set.difference(left_out)
+        trial = Trial.model_construct(_fields_set=set(kept), **{name: getattr(trial, name) for name in kept})
+    return Examined(trial, (*problems, *combination_problems(trial)))
+
+
+def _valid_sections(mapping: Mapping[str, Any], *, without: Collection[str]) -> Trial:
+    sections = {}
+    for name, value in _resolved(mapping).items():
+        if name in Trial.model_fields and name not in without:
+            sections[name] = _section_reader(name).validate_python(value)
+    return Trial.model_construct(_fields_set=set(sections), **sections)
+
+
+@functools.cache
+def _section_reader(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(typing.get_type_hints(Trial, include_extras=True)[name])
+
+
 def read_trial(mapping: Mapping[str, Any]) -> Trial:
     """A validated trial from a plain mapping (housekeeping keys already taken out).
 
     Raises:
         InputError: with every problem found, each naming key, value, rule and nearest valid choice.
     """
-    try:
-        trial = Trial.model_validate(dict(mapping))
-    except ValidationError as error:
-        raise InputError(problems_of(error, Trial, mapping)) from None
-    problems = combination_problems(trial)
-    if problems:
-        raise InputError(problems)
-    return trial
+    examined = examine_trial(mapping, left_out=())
+    if examined.problems:
+        raise InputError(examined.problems)
+    return examined.trial
 
 
 def read_lab(mapping: Mapping[str, Any]) -> Lab:

@@ -7,7 +7,8 @@ import time
 import pytest
 from hydra.types import RunMode
 
-from lora_lab.app.compose import Composer, config_loader, plain_mapping
+from lora_lab.app.compose import Composer, config_loader
+from lora_lab.app.interpolation import plain_mapping
 from lora_lab.errors import InputError
 
 POINTS = [

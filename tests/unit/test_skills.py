@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from lora_lab.data.skills import (
 from lora_lab.errors import DataError, IdentityError, InputError
 from lora_lab.schema.data import SkillsData
 
-MIXTURE = {"chain_sum": 1.0, "count_bits": 2.0}
+MIXTURE = {"chain_sum": 1.0, "gcd": 2.0}
 
 
 def data(**changes: object) -> SkillsData:
@@ -82,7 +83,7 @@ def test_an_overlap_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         skills,
         "generate_skills",
-        lambda mixture, *, size, seed, side: list(itertools.islice(skill_rows("count_bits", seed=0, side="train"), size)),
+        lambda mixture, *, size, seed, side: list(itertools.islice(skill_rows("gcd", seed=0, side="train"), size)),
     )
     with pytest.raises(DataError, match="both in the training and in the held-out rows"):
         load_skills(data())
@@ -90,7 +91,7 @@ def test_an_overlap_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_shares_follow_the_weights_exactly() -> None:
     rows = generate_skills(MIXTURE, size=100, seed=0, side="train")
-    assert Counter(row.skill for row in rows) == {"count_bits": 67, "chain_sum": 33}
+    assert Counter(row.skill for row in rows) == {"gcd": 67, "chain_sum": 33}
     assert [row.skill for row in rows] != sorted(str(row.skill) for row in rows), "mixed, not one skill after another"
 
 
@@ -117,17 +118,17 @@ def test_every_skill_gives_short_rows(name: str) -> None:
 
 
 def test_answers_are_right_where_they_can_be_recomputed() -> None:
-    for row in itertools.islice(skill_rows("count_bits", seed=0, side="train"), 20):
-        number = int(row.content[0][1].rstrip("?").split()[-1])
-        assert row.answer == str(bin(number).count("1"))
+    for row in itertools.islice(skill_rows("gcd", seed=0, side="train"), 20):
+        numbers = [int(word.strip(",.")) for word in row.content[0][1].partition(": ")[2].split()]
+        assert row.answer == str(math.gcd(*numbers))
     for row in itertools.islice(skill_rows("word_reversal", seed=0, side="train"), 20):
         words = row.content[0][1].partition(": ")[2].split(", ")
         assert row.answer == ", ".join(reversed(words))
 
 
 def test_an_exhausted_generator_names_the_skill() -> None:
-    with pytest.raises(DataError, match=r"data\.mixture\.count_bits: .* fewer than the 5000"):
-        generate_skills({"count_bits": 1.0}, size=5000, seed=0, side="train")
+    with pytest.raises(DataError, match=r"data\.mixture\.gcd: .* fewer than the 5000"):
+        generate_skills({"gcd": 1.0}, size=5000, seed=0, side="train")
 
 
 def test_unknown_and_reserved_skills_are_refused_together() -> None:

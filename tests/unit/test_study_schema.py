@@ -94,7 +94,7 @@ def test_a_million_points_are_counted_without_being_made() -> None:
         ({"grids": [{"zip": {}}]}, "grids.0", "zip has no axes"),
         ({"grids": [{"zip": [1]}]}, "grids.0", "expected a mapping, got [1]"),
         ({"grids": [{"rank": [1], "zip": {"rank": [1]}}]}, "grids.0", "rank stands both inside and outside"),
-        ({"seeds": [0, -1]}, "seeds.1", "must be >= 0"),
+        ({"seeds": [0, -1]}, "seeds.1", "must be 0 to 4294967295"),
         ({"seeds": [True]}, "seeds.0", "got true"),
         ({"seeds": 3}, "seeds", "expected a list"),
         ({"seeds": [1], "base": {"seed": 2}}, "", "may not stand in base"),

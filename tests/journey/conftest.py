@@ -1,0 +1,32 @@
+"""Journeys share one cache and run on one core, as the processes do that they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.journey.program import Lab
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny random models are made."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def lab(tmp_path: Path, tiny_cache: Path) -> Lab:
+    """An empty lab."""
+    return Lab(tmp_path / "lab", tiny_cache)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_core() -> Iterator[None]:
+    """Sums in the order of a single thread, so that scores can be compared byte for byte."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
