@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: sweep test setup lint unit help wheel-test clean
+.PHONY: sweep test setup lint unit help bench wheel-test clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ lint: $(SETUP)
 
 unit: $(SETUP)
 	$(BIN)/python -m pytest
+
+bench: $(SETUP) ## training speed against a plain PEFT loop, side by side
+	$(BIN)/python -m tests.benchmarks.training_speed
 
 wheel-test: $(SETUP) ## build the wheel and use it outside the checkout
 	$(BIN)/python -m pytest -m slow tests/journey/test_wheel.py

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import QuotedString
 
 from lora_lab.app.overrides import parse, rewrite_choice
 from lora_lab.errors import InputError, Problem, nearest
@@ -91,25 +91,24 @@ def choice_problems(change: Change, groups: Groups) -> Iterator[Problem]:
 
 def key_problems(change: Change, mapping: Mapping[str, Any]) -> Iterator[Problem]:
     """An unknown key, with what was probably meant; `mapping` is the configuration that is to be changed."""
-    node: Any = mapping
     *path, last = change.key.split(".")
-    for step in path:
-        node = node.get(step) if isinstance(node, Mapping) else None
+    node = value_at(mapping, ".".join(path)) if path else mapping
     if not isinstance(node, Mapping) or last not in node:
         siblings = sorted(node) if isinstance(node, Mapping) else sorted(mapping)
-        meant = _meant(last, siblings, mapping)
+        meant = _meant(last, siblings, mapping, nested=bool(path))
         hint = f'; did you mean "{meant}"?' if meant else ""
         yield Problem(change.key, f"unknown key{hint} (choices: {', '.join(siblings)})")
     elif change.line.startswith("+") and not change.line.startswith("++"):
         yield Problem(change.key, 'is a key already; leave out the "+"')
 
 
-def _meant(name: str, siblings: Sequence[str], mapping: Mapping[str, Any]) -> str | None:
+def _meant(name: str, siblings: Sequence[str], mapping: Mapping[str, Any], *, nested: bool) -> str | None:
     elsewhere = dict(_leaves(mapping, ""))
     for names in (_OTHER_NAMES, elsewhere):
         if name in names:
             return names[name]
-    for names in ({one: one for one in siblings}, _OTHER_NAMES, elsewhere):
+    beside = {one: one for one in siblings}
+    for names in (beside,) if nested else (beside, _OTHER_NAMES, elsewhere):
         close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
         if close:
             return names[close[0]]
@@ -125,13 +124,19 @@ def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield str(key), f"{prefix}{key}"
 
 
-def set_value(mapping: dict[str, Any], change: Change) -> None:
-    """Sets a key that exists."""
+def set_value(mapping: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key that exists."""
+    *path, last = key.split(".")
+    node = value_at(mapping, ".".join(path)) if path else mapping
+    node[last] = value
+
+
+def value_at(mapping: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key, or None."""
     node: Any = mapping
-    *path, last = change.key.split(".")
-    for step in path:
-        node = node[step]
-    node[last] = change.value
+    for step in key.split("."):
+        node = node.get(step) if isinstance(node, Mapping) else None
+    return node
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from lora_lab import __version__
-from lora_lab.errors import LabError, nearest
+from lora_lab.errors import LabError, MachineError, nearest
 
 # Command -> module with `main(arguments) -> exit code`, imported on demand, so that `plan` stays torch-free; and help.
 COMMANDS = {
@@ -41,9 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues where this one stopped", file=sys.stderr)
         return 130
+    except SystemExit as stop:  # argparse has said why
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - a reader such as `head` has left; nothing to say
         return 0
+    except OSError as error:  # the machine's last word: what was written is whole or not there
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return MachineError.exit_code
 
 
 def _dispatch(arguments: list[str]) -> int:

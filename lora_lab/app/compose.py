@@ -120,7 +120,7 @@ class Composer:
         for one in changes:
             if one in choices or one.structural or found.add(key_problems(one, mapping)):
                 continue
-            set_value(mapping, one)
+            set_value(mapping, one.key, one.value)
             hidden.pop(one.key, None)
         found.add(_missing(mapping, ""))
         return Composition(
@@ -151,8 +151,7 @@ class Composer:
             found.doubtful |= {one.key for one in choices}
             plain = self._compose_with_hydra(())
         structural = [one for one in changes if one.structural]
-        # `++` may add an entry to a mapping such as data.mixture; what is no entry is refused by the schema.
-        wrong = [one for one in structural if one.line[:2] != "++" and found.add(key_problems(one, plain[0]))]
+        wrong = [one for one in structural if not _may_be_new(one) and found.add(key_problems(one, plain[0]))]
         lines = [one for one in changes if one in choices or (one.structural and one not in wrong)]
         if len(lines) == len(choices) or found.doubtful & {one.key for one in choices}:
             return plain
@@ -171,6 +170,11 @@ class Composer:
             except (HydraException, OmegaConfBaseException) as error:
                 raise InputError(_hydra_problem(error, lines)) from None
         return self._composed[lines]
+
+
+def _may_be_new(change: Change) -> bool:
+    """`++` adds an entry to a mapping such as data.mixture; what cannot be one is refused by the schema."""
+    return change.line.startswith("++") and "." in change.key
 
 
 def _hydra_problem(error: BaseException, lines: Sequence[str]) -> Problem:

@@ -10,9 +10,7 @@ from pathlib import Path
 from lora_lab.app.ledger_commands import STUDY_RUNS_FILE
 from lora_lab.app.planning import Plan, cache_folder, make_plan
 from lora_lab.app.session import Request
-from lora_lab.data.jsonl import check_jsonl
-from lora_lab.errors import InputError, Problem, nearest
-from lora_lab.evaluate.check import check_evaluation
+from lora_lab.errors import InputError, Problem
 from lora_lab.record.atomic import write_json
 from lora_lab.record.ledger import Ledger, run_id_of
 from lora_lab.record.result import Status
@@ -35,8 +33,10 @@ def _run(plan: Plan, *, as_json: bool) -> int:
     from lora_lab.report.progress import Progress
 
     cache = cache_folder(plan.lab)
-    _check_before_loading(plan, cache=cache)
     ledger = Ledger(Path(plan.lab.root))
+    _check_before_loading(plan, ledger)
+    for note in plan.notes:
+        print(note, file=sys.stderr)
     with Progress() as progress:
         tally = run_jobs(plan.jobs, ledger, plan.lab, cache=cache, progress=progress)
     records = [record for job in plan.jobs if (record := ledger.find(job.fingerprint, job.repeat)) is not None]
@@ -54,37 +54,21 @@ def _run(plan: Plan, *, as_json: bool) -> int:
     return _exit_code(records, expected=len(plan.jobs))
 
 
-def _check_before_loading(plan: Plan, *, cache: Path) -> None:
-    """What can be known to be wrong before the first weight is read, and what a user should know of the data.
+def _check_before_loading(plan: Plan, ledger: Ledger) -> None:
+    """What only a run needs, and can be known before the first weight is read.
 
     Raises:
-        InputError: listing all of it.
+        InputError: a newer lab has written a run that is asked for.
+        MachineError: the device is not there, or the disk refuses.
     """
-    problems: dict[Problem, None] = {}
-    for evaluation in dict.fromkeys(job.trial.evaluation for job in plan.jobs):
-        try:
-            check_evaluation(evaluation, cache=cache)
-        except InputError as error:
-            problems.update(dict.fromkeys(error.problems))
-    for data in {job.trial.data.model_dump_json(): job.trial.data for job in plan.jobs}.values():
-        if data.kind == "jsonl":
-            for note in check_jsonl(data).notes:
-                print(f"{data.path}: {note}", file=sys.stderr)
-    problems.update(dict.fromkeys(_metric_problems(plan)))
-    if problems:
-        raise InputError(problems)
+    from lora_lab.runner import choose_device
 
-
-def _metric_problems(plan: Plan) -> list[Problem]:
-    """Metrics of a study that none of its trials will have: a slip that would otherwise show after training."""
-    if plan.study is None:
-        return []
-    sources = sorted({"heldout", "train", *(task for job in plan.jobs for task in job.trial.evaluation.tasks)})
-    return [
-        Problem("metrics", f'no trial of the study is scored on "{metric}"' + nearest(metric.split("/")[0], sources))
-        for metric in plan.study.metrics
-        if not any(metric.startswith(source) for source in sources)
-    ]
+    records = [record for job in plan.jobs if (record := ledger.find(job.fingerprint, job.repeat)) is not None]
+    newer = [Problem("", str(record.problem)) for record in records if record.state == "NEWER"]
+    if newer:
+        raise InputError(newer)
+    choose_device(plan.lab.launch.device)
+    ledger.prepare()
 
 
 def _keep(plan: Plan, table: SettingsTable) -> None:

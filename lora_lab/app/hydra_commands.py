@@ -1,25 +1,42 @@
-"""`run` and `plan`: Hydra's command line, with the lab's checks in front and its error messages behind."""
+"""`run` and `plan`: Hydra's command line, with the lab's checks in front and its error messages behind.
+
+Everything is composed and judged before Hydra starts, so that what is wrong is told all at once and in the lab's words;
+Hydra then finds a call that works.
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.app import overrides as checks
 from lora_lab.app.compose import Composer, config_loader
 from lora_lab.app.execution import carry_out
+from lora_lab.app.flags import check_flags, parse_flags
+from lora_lab.app.hydra_settings import (
+    is_multirun,
+    launches_one_by_one,
+    load_master,
+    plugin_problems,
+    swept_by_settings,
+)
+from lora_lab.app.interpolation import first_line
 from lora_lab.app.locations import conf_folder
-from lora_lab.app.session import Session, activated
-from lora_lab.errors import InputError
+from lora_lab.app.planning import make_plan
+from lora_lab.app.session import Request, Session, activated, active_session, gather, no_study
+from lora_lab.errors import InputError, Problem
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,46 +44,76 @@ def main(arguments: Sequence[str]) -> int:
     command, *rest = arguments
     as_json = "--json" in rest
     rest = [argument for argument in rest if argument != "--json"]
-    flags = get_args_parser().parse_args(rest)
-    texts = list(flags.overrides)
-    checks.check(texts, multirun=flags.multirun)
-    if flags.multirun and flags.cfg:
-        raise InputError("--cfg shows one configuration; leave out -m, or see the points by: lora-lab plan -m ...")
+    flags = parse_flags(command, rest)
+    if flags.help or flags.hydra_help or flags.info or flags.shell_completion:
+        _run_hydra(command, rest)
+        return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as exceptions; none is printed as a traceback
-    rewritten = _check_composition(texts, config_name=flags.config_name or "config", multirun=flags.multirun)
     session = Session(functools.partial(carry_out, command=command, as_json=as_json))
+    texts = _prepare(session, flags)
     with activated(session):
-        _run_hydra(command, _replaced(rest, texts, rewritten))
+        _run_hydra(command, [argument for argument in rest if argument not in flags.overrides] + texts)
+    if session.error is not None:
+        raise session.error
     return session.exit_code
 
 
-def _check_composition(texts: Sequence[str], *, config_name: str, multirun: bool) -> list[str]:
-    """Composes a single trial once before Hydra does, which reports all that is wrong with it and not only the first.
+def _prepare(session: Session, flags: argparse.Namespace) -> list[str]:
+    """Composes everything once, and judges it if something is wrong; returns the overrides as Hydra should get them
+    (`model=./folder` spelt out).
 
-    Returns the overrides as Hydra should get them (`model=./folder` spelt out).
+    Raises:
+        InputError: with every problem of the command line.
     """
-    hydra_own = [text for text in texts if text.startswith("hydra")]
-    own = [text for text in texts if not text.startswith("hydra")]
-    loader = config_loader()
-    try:
-        master = loader.load_configuration(config_name, hydra_own, RunMode.MULTIRUN if multirun else RunMode.RUN)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(str(error).splitlines()[0]) from None
+    loader = config_loader(primary=_primary(flags), extra=check_flags(flags))
+    checked = checks.check(flags.overrides)
+    hydra_own = [one for one in checked.overrides if one.key_or_group.startswith("hydra")]
+    problems = [*checked.problems, *plugin_problems(hydra_own, loader)]
+    lines = [str(one.input_line) for one in hydra_own if one.key_or_group not in {known.where for known in problems}]
+    master = load_master(loader, flags, lines)
+    multirun = is_multirun(master, flags)
+    own = [one for one in checked.overrides if one not in hydra_own]
     if multirun:
-        return list(texts)
-    composition = Composer(loader, master).compose(own)
-    return [*hydra_own, *composition.overrides]
+        points, found = _points(loader, [*swept_by_settings(master), *map(_text, own)], limit=master.max_runs)
+    else:
+        found = [problem for one in own for problem in checks.sweep_problems(one)]
+        points = [[_text(one) for one in own if not one.is_sweep_override()]]
+    request = gather(Composer(loader, master), points)
+    if not multirun:
+        found += [problem for point in request.points for problem in no_study(point.mapping)]
+    problems += [*found, *request.problems]
+    request = Request(request.points, request.study, tuple(problems), request.places)
+    wrong = problems or any(point.problems for point in request.points)
+    if wrong or (multirun and launches_one_by_one(master)):
+        make_plan(request)
+    session.prepared = points, request
+    return list(flags.overrides) if multirun else [*lines, *request.points[0].overrides]
 
 
-def _replaced(arguments: Sequence[str], before: Sequence[str], after: Sequence[str]) -> list[str]:
-    return [argument for argument in arguments if argument not in before] + list(after)
+def _primary(flags: argparse.Namespace) -> Path | None:
+    return None if flags.config_path is None else Path(flags.config_path).absolute()
+
+
+def _text(override: Override) -> str:
+    return str(override.input_line)
+
+
+def _points(loader: ConfigLoader, texts: list[str], *, limit: int) -> tuple[list[list[str]], list[Problem]]:
+    """All points; where there are none or too many, one of them, so that its other problems are told too."""
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(texts)
+    for one in parsed:
+        value = one.value() if one.key_or_group == "max_runs" else None
+        if isinstance(value, int) and value >= 1:  # any other is refused with the rest of the housekeeping
+            limit = value
+    try:
+        return checks.expand(parsed, max_runs=limit), []
+    except InputError as error:
+        return [checks.first_point(parsed)], list(error.problems)
 
 
 def _run_hydra(command: str, arguments: Sequence[str]) -> None:
     def task(config: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
-
-        from lora_lab.app.session import active_session
 
         active_session().handle_single(config, list(HydraConfig.get().overrides.task))
 
@@ -76,6 +123,6 @@ def _run_hydra(command: str, arguments: Sequence[str]) -> None:
     try:
         application()
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(str(error).splitlines()[0]) from None
+        raise InputError(first_line(error)) from None
     finally:
         sys.argv = saved

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_lab.app.changes import value_at
 from lora_lab.errors import InputError, Problem
 
 _ENVIRONMENT = "oc.env"
@@ -50,7 +51,7 @@ def _failure(config: DictConfig, key: str, text: str) -> str:
     if "Recursive" in text:
         return f"interpolations in a circle: {' -> '.join(_circle(raw, key))}"
     if any(_ENVIRONMENT in written for _, written in _interpolated(raw, "")):
-        written = str(_at(raw, key))
+        written = str(value_at(raw, key))
         unset = [name for name in _VARIABLE.findall(written) if name not in os.environ]
         if unset:
             return f"environment variable {', '.join(unset)} is not set (in {written})"
@@ -78,15 +79,8 @@ def _interpolated(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
 def _circle(raw: Any, start: str) -> list[str]:
     """The keys that refer to each other, from `start` until one comes again."""
     chain = [start]
-    while match := re.search(r"\$\{([\w.]+)\}", str(_at(raw, chain[-1]))):
+    while match := re.search(r"\$\{([\w.]+)\}", str(value_at(raw, chain[-1]))):
         chain.append(match.group(1))
         if chain[-1] in chain[:-1]:
             break
     return chain
-
-
-def _at(raw: Any, key: str) -> Any:
-    node = raw
-    for step in key.split("."):
-        node = node.get(step) if isinstance(node, dict) else None
-    return node

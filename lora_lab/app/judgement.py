@@ -7,12 +7,14 @@ where another section of the trial is wrong: one try shows all problems.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
 
+from lora_lab.app.changes import set_value, top, value_at
 from lora_lab.app.compose import Composition
 from lora_lab.data.jsonl import check_jsonl
 from lora_lab.data.skills import check_mixture, check_skills_identity
@@ -30,6 +32,8 @@ from lora_lab.schema.trial import LAB_KEYS, Lab, Trial, examine_trial, read_lab
 
 T = TypeVar("T")
 
+# A shorter value of an environment variable is no secret, and taking it out would garble numbers.
+_SHORTEST_SECRET = 4
 _SECTIONS_OF_STEPS = frozenset({"method", "training", "scheduler", "data"})
 _SECTIONS_OF_COUNTS = frozenset({"method", "model", "target", "rank"})
 
@@ -84,15 +88,24 @@ class Facts:
         """The identities of the texts that are scored on."""
         return self._once(trial.evaluation, lambda: self._read_evaluation(trial), found)
 
+    def identities(self, trial: Trial) -> tuple[dict[str, str], int | None]:
+        """All identities of a trial without problems, as `plan.identity.identities_of` has them; and its rows."""
+        found = Findings()
+        base, data, texts = self.base(trial, found), self.data(trial, found), self.evaluation(trial, found)
+        found.raise_if_any()
+        if base is None or data is None or texts is None:
+            raise AssertionError("a section without problems has identities")
+        return base | data[0] | texts, data[1]
+
     def _once(self, section: BaseModel, read: Callable[[], T], found: Findings) -> T | None:
         key = type(section).__name__, section.model_dump_json()
         if key not in self._known:
             own = Findings()
             value = own.attempt(read)
             self._known[key] = value, tuple(own)
-        value, problems = self._known[key]
+        known, problems = self._known[key]
         found.add(problems)
-        return value
+        return cast(T | None, known)
 
     def _read_data(self, data: Data) -> tuple[dict[str, str], int | None]:
         if isinstance(data, SkillsData):
@@ -114,47 +127,80 @@ def _files_exist(data: JsonlData) -> None:
     found = Findings()
     for where, path in (("data.path", data.path), ("data.heldout_path", data.heldout_path)):
         if path is not None:
-            found.attempt(lambda path=path, where=where: existing(Path(path), where=where, kind="file"))
+            found.attempt(functools.partial(existing, Path(path), where=where, kind="file"))
     found.raise_if_any()
 
 
-def read_point(point: Composition, found: Findings) -> tuple[Lab | None, Trial]:
-    """The housekeeping and the trial of a point; the trial has only the sections that are valid by themselves."""
+def judge(point: Composition, facts: Facts | None, found: Findings) -> tuple[Lab | None, Trial]:
+    """Adds everything wrong with a point; returns its housekeeping, and its trial, its shape filled in where known.
+
+    The trial of a point with problems holds only the sections that are valid by themselves. facts: None leaves out what
+    looks at files.
+    """
     own = Findings()
-    lab, trial = _read_mapping(point, point.mapping, own)
-    if point.hidden and list(own):
-        own = Findings()  # once more with what was written in the place of the environment's values
-        _read_mapping(point, _masked(point), own)
-    own.add(point.problems)
-    found.add(placed(own, point))
+    lab, trial = _read(point, point.mapping, own)
+    if point.hidden and any(problem.where in point.hidden for problem in own):
+        own = _with_hidden_values_as_written(point, own)
+    if facts is not None:
+        trial = _judge_sections(trial, facts, own)
+    found.add(_placed(problem, point) for problem in (*point.problems, *own))
     return lab, trial
 
 
-def _read_mapping(point: Composition, mapping: Mapping[str, Any], found: Findings) -> tuple[Lab | None, Trial]:
-    housekeeping = {key: value for key, value in mapping.items() if key in LAB_KEYS}
-    examined = examine_trial(
-        {key: value for key, value in mapping.items() if key not in LAB_KEYS}, left_out=point.doubtful
-    )
-    of_lab = Findings()
-    lab = of_lab.attempt(lambda: read_lab(housekeeping))
-    found.add(problem for problem in of_lab if problem.where.partition(".")[0] not in point.doubtful)
+def _read(point: Composition, mapping: Mapping[str, Any], found: Findings) -> tuple[Lab | None, Trial]:
+    of_lab, of_trial = Findings(), {key: value for key, value in mapping.items() if key not in LAB_KEYS}
+    lab = of_lab.attempt(lambda: read_lab({key: value for key, value in mapping.items() if key in LAB_KEYS}))
+    found.add(problem for problem in of_lab if top(problem.where) not in point.doubtful)
+    examined = examine_trial(of_trial, left_out=point.doubtful)
     found.add(examined.problems)
     return lab, examined.trial
 
 
-def judge(trial: Trial, facts: Facts, found: Findings) -> Trial:
-    """Adds what the sections of a trial, and the rules between them, turn out to be; returns it with a known shape."""
-    has = trial.model_fields_set
-    if "model" in has and found.attempt(lambda: facts_of_shape(trial)) is None:
-        has = has - {"model"}
-    elif "model" in has:
-        trial = facts_of_shape(trial)
-        facts.base(trial, found)
-    rows = facts.data(trial, found) if "data" in has else None
+def _judge_sections(trial: Trial, facts: Facts, found: Findings) -> Trial:
+    has = trial.model_fields_set - {top(problem.where) for problem in found}
+    if "model" in has:
+        known = found.attempt(lambda: with_known_shape(trial))
+        if known is not None:
+            trial = known
+            facts.base(trial, found)
+    data = facts.data(trial, found) if "data" in has else None
     if "evaluation" in has:
         facts.evaluation(trial, found)
-    if has >= _SECTIONS_OF_STEPS and rows is not None:
-        found.attempt(lambda: steps_of(trial, rows[1]))
+    if data is not None and has >= _SECTIONS_OF_STEPS:
+        found.attempt(lambda: steps_of(trial, data[1]))
     if has >= _SECTIONS_OF_COUNTS:
         found.attempt(lambda: counts_of(trial))
     return trial
+
+
+def _with_hidden_values_as_written(point: Composition, found: Findings) -> Findings:
+    """The same problems, each about a value of the environment told as if the text of the override were the value."""
+    mapping = copy.deepcopy(dict(point.mapping))
+    for key, written in point.hidden.items():
+        set_value(mapping, key, written)
+    again = Findings()
+    _read(point, mapping, again)
+    told = {problem.where: problem for problem in again}
+    hidden = Findings()
+    for problem in found:
+        where = problem.where
+        if where in point.hidden:
+            unsaid = Problem(where, f"{point.hidden[where]} gives a value that is not allowed here")
+            problem = told.get(where, unsaid)
+        hidden.add([problem])
+    return hidden
+
+
+def _placed(problem: Problem, point: Composition) -> Problem:
+    """The problem with the line of the study file that set the value, and without values of the environment."""
+    where, message = problem.where, problem.message
+    for key, written in point.hidden.items():
+        value = str(value_at(point.mapping, key))
+        if len(value) >= _SHORTEST_SECRET:
+            where, message = where.replace(value, written), message.replace(value, written)
+    key = where
+    while key and key not in point.places:
+        key = key.rpartition(".")[0]
+    if key:
+        return Problem(point.places[key], f"{where}: {message}")
+    return Problem(where, message)

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.errors import DataError, InputError, Problem, nearest
 from lora_lab.record.atomic import read_json, write_text
 from lora_lab.record.export import rows_of, to_csv, to_json, to_parquet
 from lora_lab.record.ledger import Ledger, RunRecord
+from lora_lab.record.result import Status
 from lora_lab.report.terminal import print_comparison, print_runs
 from lora_lab.study.compare import compare_runs
 
@@ -51,7 +52,7 @@ def _runs(arguments: Sequence[str]) -> int:
     if options.study is not None:
         records = _of_study(records, options.root, options.study)
     if options.status is not None:
-        records = [record for record in records if record.state == options.status.upper()]
+        records = _of_status(records, options.status)
     chosen = "json" if options.json else options.format
     if chosen is None:
         print_runs(records)
@@ -64,8 +65,20 @@ def _of_study(records: Sequence[RunRecord], root: Path, study: str) -> list[RunR
     known = sorted(folder.parent.name for folder in (root / "studies").glob(f"*/{STUDY_RUNS_FILE}"))
     if study not in known:
         raise InputError(Problem("--study", f'no study "{study}" has been run here' + nearest(study, known)))
-    wanted = set(read_json(root / "studies" / study / STUDY_RUNS_FILE)["runs"])
+    path = root / "studies" / study / STUDY_RUNS_FILE
+    content = read_json(path)
+    listed = content.get("runs") if isinstance(content, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise DataError(Problem(str(path), 'damaged: expected {"runs": [names]}; run the study again to mend it'))
+    wanted = set(listed)
     return [record for record in records if record.run_id in wanted]
+
+
+def _of_status(records: Sequence[RunRecord], status: str) -> list[RunRecord]:
+    states = [*(one.value for one in Status), "RUNNING", "DAMAGED", "NEWER"]
+    if status.upper() not in states:
+        raise InputError(Problem("--status", f'no such status "{status}"' + nearest(status.upper(), states)))
+    return [record for record in records if record.state == status.upper()]
 
 
 def _export(records: Sequence[RunRecord], chosen: str, output: Path | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,6 +184,8 @@ def _weights(text: str | None, count: int) -> list[float]:
         raise InputError(Problem("--weights", f'expected numbers as 0.5,0.5, got "{text}"')) from None
     if len(weights) != count:
         raise InputError(Problem("--weights", f"{len(weights)} weights for {count} runs"))
+    if not all(map(math.isfinite, weights)):
+        raise InputError(Problem("--weights", f'must be finite, got "{text}"'))
     return weights
 
 

@@ -23,7 +23,6 @@ from lora_lab.errors import InputError, Problem
 
 # Hydra's own settings that users may change: what reads or runs nothing, and writes nowhere.
 _HYDRA_KEYS = re.compile(r"hydra/(launcher|sweeper)$|hydra\.(verbose$|mode$|searchpath$|sweeper\.params\.|launcher\.)")
-SWEEPER_AXIS = "hydra.sweeper.params."
 
 
 @functools.cache
@@ -58,8 +57,8 @@ class Checked:
     problems: tuple[Problem, ...]
 
 
-def check(texts: Sequence[str], *, multirun: bool) -> Checked:
-    """Parses all overrides. Problems: an override that does not parse, is given twice, sweeps without `-m`, or reaches
+def check(texts: Sequence[str]) -> Checked:
+    """Parses all overrides. Problems: an override that does not parse, is given twice, cannot be enumerated, or reaches
     for settings of Hydra that could write outside the lab's root or run code."""
     problems: list[Problem] = []
     good: list[Override] = []
@@ -71,7 +70,7 @@ def check(texts: Sequence[str], *, multirun: bool) -> Checked:
             problems.extend(error.problems)
             continue
         key = override.key_or_group
-        wrong = list(_content_problems(override, multirun=multirun))
+        wrong = list(_content_problems(override))
         if key in seen:
             wrong.append(Problem(key, f"given twice: {seen[key]} and {text}"))
         seen[key] = text
@@ -81,7 +80,7 @@ def check(texts: Sequence[str], *, multirun: bool) -> Checked:
     return Checked(tuple(good), tuple(problems))
 
 
-def _content_problems(override: Override, *, multirun: bool) -> Iterable[Problem]:
+def _content_problems(override: Override) -> Iterable[Problem]:
     key, text = override.key_or_group, override.input_line
     if "_target_" in key or _names_target(override.value()):
         yield Problem(key, "configuration holds values only; nothing is instantiated from it")
@@ -89,13 +88,17 @@ def _content_problems(override: Override, *, multirun: bool) -> Iterable[Problem
         yield Problem(key, "not open to users: the lab writes below root=DIR only; use root=, or hydra/launcher=")
     elif override.package is not None:
         yield Problem(f"{key}@{override.package}", f"a choice cannot be put elsewhere; write {key}=...")
+    if override.is_interval_sweep():
+        yield Problem(key, f"{text}: an interval has no points to enumerate; use range() or a list of values")
+    elif isinstance(override.value(), RangeSweep):
+        yield from _range_problems(override)
+
+
+def sweep_problems(override: Override) -> Iterable[Problem]:
+    """What is wrong with a sweep in a call that is none."""
+    key = override.key_or_group
     if override.is_sweep_override():
-        if not multirun:
-            yield Problem(key, f"{text} is a sweep, which needs -m; a list is written {key}=[a,b]")
-        elif isinstance(override.value(), RangeSweep):
-            yield from _range_problems(override)
-        elif override.is_interval_sweep():
-            yield Problem(key, f"{text}: an interval has no points to enumerate; use range() or a list of values")
+        yield Problem(key, f"{override.input_line} is a sweep, which needs -m; a list is written {key}=[a,b]")
 
 
 def _range_problems(override: Override) -> Iterable[Problem]:
@@ -113,13 +116,15 @@ def _names_target(value: object) -> bool:
 
 
 def expand(overrides: Sequence[Override], *, max_runs: object) -> list[list[str]]:
-    """All points of a sweep: the product of the swept values, the first axis slowest.
+    """All points of a sweep: the product of the swept values, the first axis slowest. Of two overrides of a key (from
+    a configuration file and the command line) the later counts.
 
     Raises:
         InputError: where there is no point at all, or more than `max_runs`; counted before anything is enumerated.
     """
     if isinstance(max_runs, bool) or not isinstance(max_runs, int) or max_runs < 1:
         raise InputError(Problem("max_runs", f"expected an integer >= 1, got {max_runs}"))
+    overrides = list({override.key_or_group: override for override in overrides}.values())
     sizes = [_size(override) for override in overrides]
     empty = [str(one.input_line) for one, size in zip(overrides, sizes, strict=True) if size == 0]
     if empty:
@@ -163,9 +168,9 @@ def rewrite_choice(group: str, value: object, options: Sequence[str]) -> list[st
             return ["model=folder", f"model.path={_quoted(value)}"]
         if re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not value.startswith("."):
             return ["model=hub", f"model.repo='{value}'"]
-    if group == "target" and isinstance(value, list) and value and all(isinstance(one, str) for one in value):
-        if not set(value) & set(options):
-            return ["target=[]", f"target.modules=[{','.join(map(_quoted, value))}]"]
+    named = group == "target" and isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+    if named and not set(value) & set(options):
+        return ["target=[]", f"target.modules=[{','.join(map(_quoted, value))}]"]
     return None
 
 
@@ -177,4 +182,4 @@ def _is_folder(name: str) -> bool:
 
 
 def _quoted(text: str) -> str:
-    return QuotedString(text=text, quote=Quote.single).with_quotes()
+    return str(QuotedString(text=text, quote=Quote.single).with_quotes())

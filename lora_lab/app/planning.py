@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lora_lab.app.compose import Composition
+from lora_lab.app.judgement import Facts, Findings, judge
 from lora_lab.app.session import Request
-from lora_lab.data.sources import count_train_rows
-from lora_lab.errors import InputError, Problem
-from lora_lab.evaluate.identity import evaluation_identities
-from lora_lab.plan.folder import with_known_shape
-from lora_lab.plan.identity import identities_of
+from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.plan.job import Job, job_of
 from lora_lab.plan.row import PlanRow, plan_rows
+from lora_lab.plan.study_file import value_key
 from lora_lab.record.ledger import Ledger
 from lora_lab.schema.method import Method
 from lora_lab.schema.study import Study
-from lora_lab.schema.trial import LAB_KEYS, Lab, Trial, read_lab, read_trial
+from lora_lab.schema.trial import LAB_KEYS, Lab, Trial, read_lab
 
 # Housekeeping that may differ between the points of one sweep.
 _PER_POINT = ("study", "tag", "repeat")
@@ -27,12 +23,16 @@ _PER_POINT = ("study", "tag", "repeat")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`rows` says of every asked-for job what is known; `jobs` are those without duplicates, in order."""
+    """`rows` says of every asked-for job what is known; `jobs` are those without duplicates, in order.
+
+    notes: sentences about the data that a user should read before a run.
+    """
 
     lab: Lab
     study: Study | None
     jobs: tuple[Job, ...]
     rows: tuple[PlanRow, ...]
+    notes: tuple[str, ...]
 
 
 def cache_folder(lab: Lab) -> Path:
@@ -44,61 +44,71 @@ def make_plan(request: Request) -> Plan:
     """Reads all points, adds the study's baseline in front, and finds duplicates and what the ledger already has.
 
     Raises:
-        InputError: with the problems of all points together.
+        InputError: with everything that can be known to be wrong before a weight is read, of all points together.
     """
-    labs, trials = _read_all(request.points)
-    if not labs:
+    found = Findings()
+    found.add(request.problems)
+    facts = _facts(request)
+    judged = [judge(point, facts, found) for point in request.points]
+    trials = [trial for _, trial in judged]
+    found.add(_metric_problems(request, trials))
+    labs = [lab for lab, _ in judged if lab is not None]
+    if labs:
+        found.add(_lab_problems(labs))
+    found.raise_if_any()
+    if not labs or facts is None:
         raise InputError("no points to run")
-    lab = _one_lab(labs)
-    asked = [
-        (trial, one.repeat, one.tag, point.overrides)
-        for trial, one, point in zip(trials, labs, request.points, strict=True)
+    jobs = [
+        _job(trial, facts, repeat=lab.repeat, tag=lab.tag, overrides=point.overrides)
+        for lab, trial, point in zip(labs, trials, request.points, strict=True)
     ]
-    jobs = _identified(asked, cache=cache_folder(lab))
     if request.study is not None and request.study.baseline:
         jobs = _baselines(jobs) + jobs
-    rows = plan_rows(jobs, done=Ledger(Path(lab.root)).finished())
+    rows = plan_rows(jobs, done=Ledger(Path(labs[0].root)).finished())
     unique = {(job.fingerprint, job.repeat): job for job in reversed(jobs)}
-    return Plan(lab, request.study, tuple(reversed(unique.values())), tuple(rows))
+    return Plan(labs[0], request.study, tuple(reversed(unique.values())), tuple(rows), tuple(facts.notes))
 
 
-def _read_all(points: Sequence[Composition]) -> tuple[list[Lab], list[Trial]]:
-    labs: list[Lab] = []
-    trials: list[Trial] = []
-    problems: dict[Problem, None] = {}
-    for point in points:
-        lab_part, trial_part = _split(point.mapping)
+def _facts(request: Request) -> Facts | None:
+    """None where no point says in a valid way where the cache is."""
+    for point in request.points:
         try:
-            labs.append(read_lab(lab_part))
-        except InputError as error:
-            problems.update(dict.fromkeys(error.problems))
-        try:
-            trials.append(with_known_shape(read_trial(trial_part)))
-        except InputError as error:
-            problems.update(dict.fromkeys(error.problems))
-    if problems:
-        raise InputError(problems)
-    return labs, trials
+            lab = read_lab({key: value for key, value in point.mapping.items() if key in LAB_KEYS})
+        except InputError:
+            continue
+        return Facts(cache_folder(lab))
+    return None
 
 
-def _split(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    lab = {key: value for key, value in mapping.items() if key in LAB_KEYS}
-    return lab, {key: value for key, value in mapping.items() if key not in LAB_KEYS}
+def _job(trial: Trial, facts: Facts, *, repeat: int, tag: str | None, overrides: tuple[str, ...]) -> Job:
+    identities, train_rows = facts.identities(trial)
+    return job_of(trial, identities, train_rows=train_rows, repeat=repeat, tag=tag, overrides=overrides)
 
 
-def _one_lab(labs: Sequence[Lab]) -> Lab:
-    """The housekeeping all points share."""
+def _lab_problems(labs: Sequence[Lab]) -> list[Problem]:
+    """Housekeeping that all points must share."""
     first = labs[0]
-    problems = [
+    return [
         Problem(key, f"must be the same for all points of a sweep, got {getattr(first, key)} and {getattr(lab, key)}")
         for key in Lab.model_fields
         if key not in _PER_POINT
         for lab in labs
         if getattr(lab, key) != getattr(first, key)
     ]
-    if problems:
-        raise InputError(dict.fromkeys(problems))
-    return first
+
+
+def _metric_problems(request: Request, trials: Sequence[Trial]) -> list[Problem]:
+    """Metrics of a study that none of its trials will have: a slip that would else show after hours."""
+    if request.study is None or not all("evaluation" in trial.model_fields_set for trial in trials):
+        return []
+    sources = sorted({"heldout", "train", *(task for trial in trials for task in trial.evaluation.tasks)})
+    problems = []
+    for metric in request.study.metrics:
+        name = metric.partition("/")[0]
+        if not any(name == source or name.startswith(f"{source}_") for source in sources):
+            message = f'metrics: no trial of the study is scored on "{metric}"' + nearest(name, sources)
+            problems.append(Problem(request.places[value_key("metrics", metric)], message))
+    return problems
 
 
 def _baselines(jobs: Sequence[Job]) -> list[Job]:
@@ -115,22 +125,3 @@ def _baselines(jobs: Sequence[Job]) -> list[Job]:
         for job in jobs
     ]
     return list({base.fingerprint: base for base in bases}.values())
-
-
-def _identified(asked: Sequence[tuple[Trial, int, str | None, tuple[str, ...]]], *, cache: Path) -> list[Job]:
-    jobs: list[Job] = []
-    problems: dict[Problem, None] = {}
-    known: dict[tuple[str, ...], tuple[dict[str, str], int | None]] = {}
-    for trial, repeat, tag, overrides in asked:
-        key = tuple(section.model_dump_json() for section in (trial.model, trial.data, trial.evaluation))
-        try:
-            if key not in known:
-                extra = evaluation_identities(trial.evaluation, cache=cache)
-                known[key] = identities_of(trial, cache=cache, extra=extra), count_train_rows(trial.data)
-            identities, train_rows = known[key]
-            jobs.append(job_of(trial, identities, train_rows=train_rows, repeat=repeat, tag=tag, overrides=overrides))
-        except InputError as error:
-            problems.update(dict.fromkeys(error.problems))
-    if problems:
-        raise InputError(problems)
-    return jobs

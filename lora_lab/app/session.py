@@ -105,7 +105,7 @@ def gather(composer: Composer, points: Sequence[Sequence[str]]) -> Request:
 
 def _check_size(study: Study, *, limit: object) -> None:
     size = count(study)
-    if isinstance(limit, int) and size > limit:
+    if isinstance(limit, int) and 1 <= limit < size:
         raise InputError(Problem("max_runs", f"{size:,} runs; limit {limit:,}; pass max_runs={size} to allow it"))
 
 

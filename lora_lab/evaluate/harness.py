@@ -19,7 +19,7 @@ from lora_lab.errors import EvaluationError, LabError, MachineError, Problem
 from lora_lab.evaluate.checked_model import CheckedModel
 from lora_lab.evaluate.heldout import scoring_mode
 from lora_lab.evaluate.readings import read_metrics, task_hashes
-from lora_lab.evaluate.surroundings import console_to, data_cache, kept_random_state
+from lora_lab.evaluate.surroundings import console_to, data_cache, kept_random_state, one_environment_report
 from lora_lab.evaluate.tasks import PreparedTasks, prepare_tasks
 from lora_lab.record.result import Metric
 from lora_lab.schema.evaluation import Evaluation
@@ -62,6 +62,7 @@ def evaluate_model(
         scoring_mode(model),
         kept_random_state(),
         console_to(log),
+        one_environment_report(),
         data_cache(cache, offline=not (tasks.needs_defaults or evaluation.include_path)),
     ):
         lm = CheckedModel(model, tokenizer, batch_size=evaluation.batch_size)

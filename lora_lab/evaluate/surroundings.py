@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -14,6 +15,8 @@ import datasets
 import huggingface_hub.constants
 import numpy as np
 import torch
+from lm_eval import evaluator
+from lm_eval.loggers.utils import add_env_info
 
 _SWITCHES = {"DISABLE_MULTIPROC": "1"}  # its bootstrap would fork a process with torch threads in it
 
@@ -53,6 +56,29 @@ def console_to(path: Path) -> Iterator[None]:
                 logger.removeHandler(handler)
                 logger.propagate = propagate
                 logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def one_environment_report() -> Iterator[None]:
+    """lm-eval describes the machine after every call, which takes over a second: here once per process.
+
+    It also asks git about the folder the user happens to be in, which complains on the terminal where that is no
+    checkout; the ledger records the code's version itself.
+    """
+    before = evaluator.add_env_info, evaluator.get_git_commit_hash
+    evaluator.add_env_info = lambda storage: storage.update(_environment_report())
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.add_env_info, evaluator.get_git_commit_hash = before
+
+
+@functools.cache
+def _environment_report() -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    add_env_info(report)
+    return report
 
 
 @contextlib.contextmanager

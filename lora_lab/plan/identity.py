@@ -44,7 +44,7 @@ def identities_of(trial: Trial, *, cache: Path, extra: Mapping[str, str]) -> dic
     Raises:
         InputError: for a local path that is missing, unreadable or no model folder.
     """
-    own = {"base": base_identity(trial.model, cache=cache), **_data_identities(trial.data, cache=cache)}
+    own = {"base": base_identity(trial.model, cache=cache), **data_identities(trial.data, cache=cache)}
     taken = sorted(own.keys() & extra.keys())
     if taken:
         raise ValueError(f"extra may not replace {', '.join(taken)}")
@@ -66,7 +66,8 @@ def base_identity(model: Model, *, cache: Path) -> str:
     return "random"
 
 
-def _data_identities(data: Data, *, cache: Path) -> dict[str, str]:
+def data_identities(data: Data, *, cache: Path) -> dict[str, str]:
+    """Identities by role: `data`, and `heldout` where it is a file of its own; raises as `identities_of`."""
     if isinstance(data, HubData):
         return {"data": f"{data.repo}@{data.revision}"}
     if isinstance(data, JsonlData):

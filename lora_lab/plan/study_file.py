@@ -54,9 +54,8 @@ def _values(study: Study, document: Document) -> Iterator[tuple[str, object, tup
                 path = ("grids", str(number), key) if key in outside else ("grids", str(number), "zip", key)
                 for index, value in enumerate(axis):
                     yield key, value, (*path, str(index))
-    for key, listed in (("seed", study.seeds), ("metrics", study.metrics)):
-        for index, value in enumerate(listed):
-            yield key, value, ("seeds" if key == "seed" else key, str(index))
+    yield from (("seed", seed, ("seeds", str(index))) for index, seed in enumerate(study.seeds))
+    yield from (("metrics", metric, ("metrics", str(index))) for index, metric in enumerate(study.metrics))
 
 
 def value_key(key: str, value: object) -> tuple[str, str]:

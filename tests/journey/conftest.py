@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,5 +29,7 @@ def one_core() -> Iterator[None]:
     """Sums in the order of a single thread, so that scores can be compared byte for byte."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()  # the runner collects after each run, and there is much of pytest and torch that stays
     yield
+    gc.unfreeze()
     torch.set_num_threads(before)

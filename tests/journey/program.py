@@ -71,7 +71,9 @@ class Lab:
     def tiny(self, *arguments: str) -> list[str]:
         """`arguments` and what they leave open of TINY, root and cache."""
         given = {argument.partition("=")[0] for argument in arguments}
-        missing = [f"{key}={value}" for key, value in TINY.items() if key not in given and f"~{key}" not in given]
+        if "data=jsonl" in arguments:
+            given.add("data.train_size")  # of generated rows only
+        missing = [f"{key}={value}" for key, value in TINY.items() if key not in given]
         return [*arguments, *missing, f"root='{self.root}'", f"cache='{self.cache}'"]
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:

@@ -1,4 +1,4 @@
-"""What one does with runs once they are there: list, export, compare, merge, generate; and their files by plain PEFT."""
+"""What one does with runs once they are there: list, export, compare, merge, generate, load by plain PEFT."""
 
 from __future__ import annotations
 
