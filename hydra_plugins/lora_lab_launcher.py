@@ -55,8 +55,9 @@ class LabLauncher(Launcher):
 class LabSweeper(Sweeper):
     """The product of all swept values, as Hydra's basic sweeper has it.
 
-    Differs from it in one thing: points are not composed one by one to validate them (0.14 s each); with the launcher
-    of the lab they are validated together, all errors at once.
+    Differs from it in two things: points are not composed one by one to validate them (0.14 s each); with the launcher
+    of the lab they are validated together, all errors at once. And an axis of the command line replaces one of the same
+    key in `hydra.sweeper.params`.
     """
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
@@ -73,8 +74,10 @@ class LabSweeper(Sweeper):
         from lora_lab.app.overrides import expand
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        swept = [f"{key}={value}" for key, value in self.params.items()]
-        points = expand(parser.parse_overrides(swept + arguments), max_runs=self.max_runs)
+        given = parser.parse_overrides(arguments)
+        keys = {override.key_or_group for override in given}
+        swept = parser.parse_overrides([f"{key}={value}" for key, value in self.params.items() if key not in keys])
+        points = expand([*swept, *given], max_runs=self.max_runs)
         returns = self.launcher.launch(points, initial_job_idx=0)
         for one in returns:
             _ = one.return_value  # raises what the job raised

@@ -9,7 +9,7 @@ import gc
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -17,7 +17,7 @@ from lora_lab.adapters.attach import Attached, attach, count_parameters
 from lora_lab.adapters.save import save_adapter, save_model
 from lora_lab.data.encode import EncodedSet, encode_rows
 from lora_lab.data.sources import load_rows
-from lora_lab.errors import IdentityError, InputError, LabError, MachineError, Problem
+from lora_lab.errors import IdentityError, LabError, MachineError, Problem
 from lora_lab.evaluate.identity import evaluation_identities
 from lora_lab.evaluate.score import score_model
 from lora_lab.memory.live_bytes import storage_bytes
@@ -52,55 +52,27 @@ class Listener(Protocol):
         """A step is done."""
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one.
-
-    Raises:
-        InputError: for a name that is no device.
-        MachineError: for a device this machine does not have.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(Problem("launch.device", f'expected auto, cpu, cuda or cuda:N, got "{name}"')) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MachineError(
-            Problem("launch.device", f"{name}: {torch.cuda.device_count()} CUDA devices here; use launch.device=cpu")
-        )
-    return device
-
-
-def gpu_facts(device: torch.device) -> dict[str, Any] | None:
-    """Name and memory of the GPU that will run, for the record; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    return {"names": [properties.name], "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
-
-
 def run_job(job: Job, folder: RunFolder, *, device: torch.device, cache: Path, listener: Listener) -> Result:
     """Runs one job in its claimed folder and writes its result.
 
     Raises:
-        KeyboardInterrupt: after the interruption has been recorded.
+        KeyboardInterrupt, MachineError: after they have been recorded; the next run would fare no better.
     """
     gathered = Gathered()
     started_at, status, reason = utc_now(), Status.COMPLETED, None
     gathered.note_load("before")
-    interrupted: KeyboardInterrupt | None = None
+    stop: BaseException | None = None
     with gathered.timed("wall"):
         try:
             status, reason = _carry_out(job, folder, gathered, device=device, cache=cache, listener=listener)
         except KeyboardInterrupt as signal:
-            status, reason, interrupted = Status.INTERRUPTED, "interrupted (Ctrl-C)", signal
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            status, reason = Status.OUT_OF_MEMORY, str(error).splitlines()[0]
+            status, reason, stop = Status.INTERRUPTED, "interrupted (Ctrl-C)", signal
         except LabError as error:
             status, reason = Status.FAILED, str(error)
+            stop = error if isinstance(error, MachineError) else None
         except Exception as error:  # noqa: BLE001 - a bug in one run is recorded, and does not stop the sweep
-            status, reason = Status.FAILED, f"{type(error).__name__}: {error}"
+            status = Status.OUT_OF_MEMORY if _is_out_of_memory(error) else Status.FAILED
+            reason = f"{type(error).__name__}: {error}"
             write_text(folder.path / "traceback.txt", traceback.format_exc())
     gathered.note_load("after")
     result = _result(job, folder, gathered, status=status, reason=reason, started_at=started_at)
@@ -108,9 +80,14 @@ def run_job(job: Job, folder: RunFolder, *, device: torch.device, cache: Path, l
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if interrupted is not None:
-        raise interrupted
+    if stop is not None:
+        raise stop
     return result
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has no exception class of its own for a CPU that runs out."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _carry_out(

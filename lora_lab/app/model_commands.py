@@ -21,10 +21,10 @@ from lora_lab.app.ledger_commands import add_root, open_ledger
 from lora_lab.data.encode import prompt_ids
 from lora_lab.data.rows import Row
 from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.launch.device import choose_device
 from lora_lab.models.generate import generate
 from lora_lab.models.load import LoadedBase, load_base, model_folder
 from lora_lab.record.run_record import RunRecord
-from lora_lab.runner import choose_device
 from lora_lab.schema.model import FolderModel
 from lora_lab.schema.trial import LAB_KEYS, Trial, read_trial
 
@@ -163,7 +163,7 @@ def _merge_several(model: Any, records: Sequence[RunRecord], options: argparse.N
     for index, record in enumerate(records[1:], start=1):
         load_adapter(model, record.adapter_folder, name=f"other{index}")
         names.append(f"other{index}")
-    kind = options.kind or "linear"
+    kind: Any = options.kind or "linear"  # `combine` refuses an unknown one
     combine(model, names, weights, kind=kind, density=options.density, result="merged")
     size = save_adapter(model, options.output, name="merged")
     return {

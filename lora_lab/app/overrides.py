@@ -168,9 +168,9 @@ def rewrite_choice(group: str, value: object, options: Sequence[str]) -> list[st
             return ["model=folder", f"model.path={_quoted(value)}"]
         if re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not value.startswith("."):
             return ["model=hub", f"model.repo='{value}'"]
-    named = group == "target" and isinstance(value, list) and value and all(isinstance(one, str) for one in value)
-    if named and not set(value) & set(options):
-        return ["target=[]", f"target.modules=[{','.join(map(_quoted, value))}]"]
+    if group == "target" and isinstance(value, list) and value and not any(one in options for one in value):
+        names = [_quoted(one) for one in value if isinstance(one, str)]
+        return ["target=[]", f"target.modules=[{','.join(names)}]"] if len(names) == len(value) else None
     return None
 
 

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
+from lora_lab.launch.device import choose_device, gpu_facts
 from lora_lab.plan.job import Job
 from lora_lab.plan.steps import steps_of
+from lora_lab.record.atomic import make_folder
 from lora_lab.record.environment import environment
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Status
 from lora_lab.record.run_folder import RunFolder
 from lora_lab.report.progress import Progress
-from lora_lab.runner import choose_device, gpu_facts, run_job
+from lora_lab.runner import run_job
 from lora_lab.schema.trial import Lab
 
 
@@ -35,9 +37,14 @@ def run_jobs(jobs: Sequence[Job], ledger: Ledger, lab: Lab, *, cache: Path, prog
 
     What another process holds is looked at once more when the rest is through: by then it may be done, or free again
     because that process has died.
+
+    Raises:
+        InputError: the device's name is none.
+        MachineError: there is no such device here, or ledger or cache cannot be written.
     """
     device = choose_device(lab.launch.device)
     ledger.prepare()
+    make_folder(cache)
     surroundings = environment(gpu_facts(device))
     todo = [job for job in jobs if not _is_done(ledger, job)]
     progress.begin(len(todo))

@@ -7,6 +7,7 @@ columns fit, every row as a list.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,12 +41,23 @@ class Grid:
     rows: tuple[tuple[str, ...], ...]
 
 
+class _Console(Console):
+    """rich ends the process with code 1 when a reader such as `head` leaves; here the caller decides."""
+
+    def on_broken_pipe(self) -> None:
+        """What is left in the stream's buffer goes nowhere, so that Python does not complain of it at its end."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+        raise BrokenPipeError
+
+
 def console_for(stream: TextIO | None) -> Console:
     """A console on `stream` (None: stdout): colour and width of a terminal, or neither in a pipe."""
     target = sys.stdout if stream is None else stream
     if target.isatty():
-        return Console(file=target, highlight=False)
-    return Console(file=target, highlight=False, no_color=True, force_terminal=False, width=_PIPE_WIDTH)
+        return _Console(file=target, highlight=False)
+    return _Console(file=target, highlight=False, no_color=True, force_terminal=False, width=_PIPE_WIDTH)
 
 
 def print_line(console: Console, text: str, *, style: str = "") -> None:

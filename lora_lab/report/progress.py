@@ -6,6 +6,7 @@ takes; until then it is unknown.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import time
@@ -148,7 +149,8 @@ class Progress:
         return f"about {left:.0f} s" if left < 59.5 else f"about {seconds_text(left)}"
 
     def _say(self, text: str) -> None:
-        print_line(self._console, text)
+        with contextlib.suppress(BrokenPipeError):  # who read along has left; the sweep goes on
+            print_line(self._console, text)
 
     def _display(self) -> Group:
         """The live part: the sweep on one line, the present run on the next."""

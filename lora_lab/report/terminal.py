@@ -167,7 +167,8 @@ def _table_notes(table: SettingsTable) -> list[str]:
     notes = [f"not in a mean: {reason}" for row in table.rows for reason in row.reasons]
     for row in table.rows:
         for name, cell in row.cells.items():
-            if cell.missing is not None and row.completed:
+            is_idle = row.is_base and name.startswith("train/")  # nothing is trained, so nothing is missed
+            if cell.missing is not None and row.completed and not is_idle:
                 notes.append(f"{row.name}: no {name}: {cell.missing}")
     return [*notes, *(f"cannot be read: {problem}" for problem in table.problems)]
 
