@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.record.whole_folder import looks_like
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -124,7 +125,7 @@ def _weights(file: Path) -> tuple[dict[str, torch.Tensor], list[Problem]]:
         repeated = _repeated_names(file)
         tensors: dict[str, torch.Tensor] = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        return {}, [Problem(str(file), f"not a safetensors file: {_looks_like(file) or error}")]
+        return {}, [Problem(str(file), f"not a safetensors file: {looks_like(file) or error}")]
     if repeated:
         return {}, [Problem(str(file), f"holds {repeated[0]} twice")]
     if not tensors:
@@ -146,16 +147,6 @@ def _repeated_names(file: Path) -> list[str]:
     json.loads(header, object_pairs_hook=lambda pairs: names.extend(key for key, _ in pairs))
     tensor_names = [name for name in names if name not in ("dtype", "shape", "data_offsets", "format", "__metadata__")]
     return sorted({name for name in tensor_names if tensor_names.count(name) > 1})
-
-
-def _looks_like(file: Path) -> str | None:
-    with file.open("rb") as opened:
-        start = opened.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, the file itself was not downloaded (git lfs pull)"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        return "it looks like a pickle under another name"
-    return None
 
 
 def _some(names: list[str]) -> str:

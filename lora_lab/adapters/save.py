@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from lora_lab.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from lora_lab.errors import InputError, MachineError, Problem
-from lora_lab.record.atomic import TEMPORARY_SUFFIX, disk_error, read_json, sync_folder, sync_tree, write_json
+from lora_lab.record.atomic import read_json, write_json
+from lora_lab.record.whole_folder import write_whole_folder
 
 
 def save_adapter(model: Any, folder: Path, *, name: str = "default") -> int:
@@ -145,18 +144,8 @@ def _mismatch_reason(
 def _write_whole(folder: Path, write: Callable[[Path], object]) -> int:
     if folder.exists():
         raise InputError(Problem(str(folder), "exists already and is not overwritten"))
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        sync_tree(temporary)
-        size_bytes = sum(file.stat().st_size for file in temporary.iterdir())
-        temporary.rename(folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise disk_error(error, path=folder) from error
+        write_whole_folder(folder, write)
     except SafetensorError as error:
         raise MachineError(Problem(str(folder), f"cannot be written: {error}")) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return size_bytes
+    return sum(file.stat().st_size for file in folder.iterdir())

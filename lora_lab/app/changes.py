@@ -26,6 +26,7 @@ _OTHER_NAMES = {
     "dtype": "training.precision",
     "tasks": "evaluation.tasks",
     "num_train_epochs": "training.epochs",
+    "batch_size": "training.batch_size",
 }
 
 

@@ -36,7 +36,7 @@ from lora_lab.app.interpolation import first_line, hidden_keys, plain_mapping
 from lora_lab.app.locations import conf_folder
 from lora_lab.errors import InputError, Problem
 
-_Composed = tuple[dict[str, Any], dict[str, str]]
+_Composed = tuple[dict[str, Any], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Composition:
     problems: tuple[Problem, ...] = ()
     doubtful: frozenset[str] = frozenset()
     places: Mapping[str, str] = field(default_factory=dict)
-    hidden: Mapping[str, str] = field(default_factory=dict)
+    hidden: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

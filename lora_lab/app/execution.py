@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_lab.app.ledger_commands import STUDY_RUNS_FILE
-from lora_lab.app.planning import Plan, cache_folder, make_plan
-from lora_lab.app.session import Request
+from lora_lab.app.planning import Plan, cache_folder
 from lora_lab.errors import InputError, Problem
 from lora_lab.record.atomic import write_json
 from lora_lab.record.ledger import Ledger, run_id_of
@@ -19,9 +18,8 @@ from lora_lab.report.terminal import print_plan, print_table
 from lora_lab.study.table import SettingsTable, settings_table
 
 
-def carry_out(request: Request, *, command: str, as_json: bool) -> int:
-    """The exit code of `plan` or `run` for everything that was composed."""
-    plan = make_plan(request)
+def carry_out(plan: Plan, *, command: str, as_json: bool) -> int:
+    """The exit code of `plan` or `run`."""
     if command == "plan":
         print_plan(plan.rows, as_json=as_json)
         return 0
@@ -61,7 +59,7 @@ def _check_before_loading(plan: Plan, ledger: Ledger) -> None:
         InputError: a newer lab has written a run that is asked for.
         MachineError: the device is not there, or the disk refuses.
     """
-    from lora_lab.runner import choose_device
+    from lora_lab.launch.device import choose_device
 
     records = [record for job in plan.jobs if (record := ledger.find(job.fingerprint, job.repeat)) is not None]
     newer = [Problem("", str(record.problem)) for record in records if record.state == "NEWER"]

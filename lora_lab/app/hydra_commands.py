@@ -7,6 +7,7 @@ Hydra then finds a call that works.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import sys
@@ -35,7 +36,8 @@ from lora_lab.app.hydra_settings import (
 from lora_lab.app.interpolation import first_line
 from lora_lab.app.locations import conf_folder
 from lora_lab.app.planning import make_plan
-from lora_lab.app.session import Request, Session, activated, active_session, gather, no_study
+from lora_lab.app.request import gather, single
+from lora_lab.app.session import Session, activated, active_session
 from lora_lab.errors import InputError, Problem
 
 
@@ -59,8 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _prepare(session: Session, flags: argparse.Namespace) -> list[str]:
-    """Composes everything once, and judges it if something is wrong; returns the overrides as Hydra should get them
-    (`model=./folder` spelt out).
+    """Composes and judges everything; returns the overrides as Hydra should get them (`model=./folder` spelt out).
 
     Raises:
         InputError: with every problem of the command line.
@@ -69,24 +70,22 @@ def _prepare(session: Session, flags: argparse.Namespace) -> list[str]:
     checked = checks.check(flags.overrides)
     hydra_own = [one for one in checked.overrides if one.key_or_group.startswith("hydra")]
     problems = [*checked.problems, *plugin_problems(hydra_own, loader)]
-    lines = [str(one.input_line) for one in hydra_own if one.key_or_group not in {known.where for known in problems}]
+    lines = [_text(one) for one in hydra_own if one.key_or_group not in {known.where for known in problems}]
     master = load_master(loader, flags, lines)
-    multirun = is_multirun(master, flags)
+    composer = Composer(loader, master)
     own = [one for one in checked.overrides if one not in hydra_own]
+    multirun = is_multirun(master, flags)
     if multirun:
         points, found = _points(loader, [*swept_by_settings(master), *map(_text, own)], limit=master.max_runs)
+        request = gather(composer, points)
     else:
         found = [problem for one in own for problem in checks.sweep_problems(one)]
         points = [[_text(one) for one in own if not one.is_sweep_override()]]
-    request = gather(Composer(loader, master), points)
-    if not multirun:
-        found += [problem for point in request.points for problem in no_study(point.mapping)]
-    problems += [*found, *request.problems]
-    request = Request(request.points, request.study, tuple(problems), request.places)
-    wrong = problems or any(point.problems for point in request.points)
-    if wrong or (multirun and launches_one_by_one(master)):
-        make_plan(request)
-    session.prepared = points, request
+        request = single(composer.attempt(points[0]))
+    request = dataclasses.replace(request, problems=(*problems, *found, *request.problems))
+    if not flags.cfg or request.problems or any(point.problems for point in request.points):
+        plan = make_plan(request)
+        session.prepared = None if multirun and launches_one_by_one(master) else (points, plan)
     return list(flags.overrides) if multirun else [*lines, *request.points[0].overrides]
 
 

@@ -33,10 +33,10 @@ def plain_mapping(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in mapping.items()}
 
 
-def hidden_keys(config: DictConfig) -> dict[str, str]:
+def hidden_keys(config: DictConfig) -> dict[str, Any]:
     """Dotted keys whose values may come from an environment variable, and how they were written."""
     written = dict(_interpolated(_raw(_without_hydra(config)), ""))
-    return written if any(_ENVIRONMENT in text for text in written.values()) else {}
+    return written if any(_ENVIRONMENT in str(text) for text in written.values()) else {}
 
 
 def first_line(error: BaseException) -> str:
@@ -50,7 +50,7 @@ def _failure(config: DictConfig, key: str, text: str) -> str:
     raw = _raw(config)
     if "Recursive" in text:
         return f"interpolations in a circle: {' -> '.join(_circle(raw, key))}"
-    if any(_ENVIRONMENT in written for _, written in _interpolated(raw, "")):
+    if any(_ENVIRONMENT in str(written) for _, written in _interpolated(raw, "")):
         written = str(value_at(raw, key))
         unset = [name for name in _VARIABLE.findall(written) if name not in os.environ]
         if unset:
@@ -67,13 +67,13 @@ def _raw(config: DictConfig) -> Any:
     return OmegaConf.to_container(config, resolve=False)
 
 
-def _interpolated(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    """Keys of texts with `${...}`; a list counts as one value."""
+def _interpolated(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Keys of values with `${...}`; a list counts as one value."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield from _interpolated(value, f"{prefix}.{key}" if prefix else str(key))
     elif "${" in str(node):
-        yield prefix, str(node)
+        yield prefix, node
 
 
 def _circle(raw: Any, start: str) -> list[str]:

@@ -138,22 +138,22 @@ def judge(point: Composition, facts: Facts | None, found: Findings) -> tuple[Lab
     looks at files.
     """
     own = Findings()
-    lab, trial = _read(point, point.mapping, own)
-    if point.hidden and any(problem.where in point.hidden for problem in own):
-        own = _with_hidden_values_as_written(point, own)
-    if facts is not None:
-        trial = _judge_sections(trial, facts, own)
+    lab, trial = _read(point, point.mapping, facts, own)
+    if point.hidden and list(own):
+        own = _with_hidden_values_as_written(point, facts, own)
     found.add(_placed(problem, point) for problem in (*point.problems, *own))
     return lab, trial
 
 
-def _read(point: Composition, mapping: Mapping[str, Any], found: Findings) -> tuple[Lab | None, Trial]:
+def _read(
+    point: Composition, mapping: Mapping[str, Any], facts: Facts | None, found: Findings
+) -> tuple[Lab | None, Trial]:
     of_lab, of_trial = Findings(), {key: value for key, value in mapping.items() if key not in LAB_KEYS}
     lab = of_lab.attempt(lambda: read_lab({key: value for key, value in mapping.items() if key in LAB_KEYS}))
     found.add(problem for problem in of_lab if top(problem.where) not in point.doubtful)
     examined = examine_trial(of_trial, left_out=point.doubtful)
     found.add(examined.problems)
-    return lab, examined.trial
+    return lab, examined.trial if facts is None else _judge_sections(examined.trial, facts, found)
 
 
 def _judge_sections(trial: Trial, facts: Facts, found: Findings) -> Trial:
@@ -173,20 +173,20 @@ def _judge_sections(trial: Trial, facts: Facts, found: Findings) -> Trial:
     return trial
 
 
-def _with_hidden_values_as_written(point: Composition, found: Findings) -> Findings:
+def _with_hidden_values_as_written(point: Composition, facts: Facts | None, found: Findings) -> Findings:
     """The same problems, each about a value of the environment told as if the text of the override were the value."""
     mapping = copy.deepcopy(dict(point.mapping))
     for key, written in point.hidden.items():
         set_value(mapping, key, written)
     again = Findings()
-    _read(point, mapping, again)
+    _read(point, mapping, facts, again)
     told = {problem.where: problem for problem in again}
     hidden = Findings()
     for problem in found:
         where = problem.where
-        if where in point.hidden:
-            unsaid = Problem(where, f"{point.hidden[where]} gives a value that is not allowed here")
-            problem = told.get(where, unsaid)
+        for key, written in point.hidden.items():
+            if where == key or where.startswith(f"{key}."):
+                problem = told.get(where, Problem(where, f"{written} gives a value that is not allowed here"))
         hidden.add([problem])
     return hidden
 
@@ -195,9 +195,9 @@ def _placed(problem: Problem, point: Composition) -> Problem:
     """The problem with the line of the study file that set the value, and without values of the environment."""
     where, message = problem.where, problem.message
     for key, written in point.hidden.items():
-        value = str(value_at(point.mapping, key))
-        if len(value) >= _SHORTEST_SECRET:
-            where, message = where.replace(value, written), message.replace(value, written)
+        value = value_at(point.mapping, key)
+        if isinstance(value, str) and len(value) >= _SHORTEST_SECRET:
+            where, message = where.replace(value, str(written)), message.replace(value, str(written))
     key = where
     while key and key not in point.places:
         key = key.rpartition(".")[0]

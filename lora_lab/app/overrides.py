@@ -86,6 +86,8 @@ def _content_problems(override: Override) -> Iterable[Problem]:
         yield Problem(key, "configuration holds values only; nothing is instantiated from it")
     elif key.startswith("hydra") and not _HYDRA_KEYS.match(key):
         yield Problem(key, "not open to users: the lab writes below root=DIR only; use root=, or hydra/launcher=")
+    elif key.startswith("hydra") and override.is_sweep_override():
+        yield Problem(key, f"settings of Hydra cannot be swept; a text with commas is written {key}='2,4'")
     elif override.package is not None:
         yield Problem(f"{key}@{override.package}", f"a choice cannot be put elsewhere; write {key}=...")
     if override.is_interval_sweep():
@@ -137,7 +139,16 @@ def expand(overrides: Sequence[Override], *, max_runs: object) -> list[list[str]
 
 def first_point(overrides: Sequence[Override]) -> list[str]:
     """One point of a sweep that cannot be enumerated, so that its other problems can be told as well."""
-    return [text for override in overrides if _size(override) for text in itertools.islice(_values(override), 1)]
+    point = []
+    for override in overrides:
+        sweep = override.value()
+        if not _size(override):
+            continue
+        if isinstance(sweep, RangeSweep):  # a shuffled one would be enumerated for its first value
+            point.append(f"{override.get_key_element()}={next(iter(sweep.range()))}")
+        else:
+            point += itertools.islice(_values(override), 1)
+    return point
 
 
 def _values(override: Override) -> Iterator[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_lab.app.judgement import Facts, Findings, judge
-from lora_lab.app.session import Request
+from lora_lab.app.request import Request
 from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.plan.job import Job, job_of
 from lora_lab.plan.row import PlanRow, plan_rows
@@ -15,7 +15,7 @@ from lora_lab.plan.study_file import value_key
 from lora_lab.record.ledger import Ledger
 from lora_lab.schema.method import Method
 from lora_lab.schema.study import Study
-from lora_lab.schema.trial import LAB_KEYS, Lab, Trial, read_lab
+from lora_lab.schema.trial import Lab, Trial
 
 # Housekeeping that may differ between the points of one sweep.
 _PER_POINT = ("study", "tag", "repeat")
@@ -70,13 +70,12 @@ def make_plan(request: Request) -> Plan:
 
 
 def _facts(request: Request) -> Facts | None:
-    """None where no point says in a valid way where the cache is."""
+    """None where no point says in a usable way where the cache is."""
     for point in request.points:
-        try:
-            lab = read_lab({key: value for key, value in point.mapping.items() if key in LAB_KEYS})
-        except InputError:
-            continue
-        return Facts(cache_folder(lab))
+        root, cache = point.mapping.get("root"), point.mapping.get("cache")
+        named = root if cache is None else cache
+        if isinstance(named, str) and named.strip():
+            return Facts(Path(named) / "cache" if cache is None else Path(named))
     return None
 
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_lab.errors import InputError, Problem
 from lora_lab.plan.folder import check_config, read_config
+from lora_lab.record.whole_folder import looks_like
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -44,7 +45,7 @@ def _weight_problems(folder: Path) -> list[Problem]:
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
-            return [Problem(str(index), _looks_like(index) or "expected JSON with a weight_map of shard files")]
+            return [Problem(str(index), looks_like(index) or "expected JSON with a weight_map of shard files")]
         outside = [name for name in shards if Path(name).name != name]
         if outside:
             return [Problem(str(index), f"shards must lie in the same folder, got {outside[0]!r}")]
@@ -75,7 +76,7 @@ def _shard_problems(file: Path) -> list[Problem]:
             if not tensors.keys():
                 return [Problem(str(file), "holds no tensors")]
     except (SafetensorError, OSError) as error:
-        return [Problem(str(file), f"not a safetensors file: {_looks_like(file) or error}")]
+        return [Problem(str(file), f"not a safetensors file: {looks_like(file) or error}")]
     return []
 
 
@@ -84,7 +85,7 @@ def _tokenizer_problems(folder: Path) -> list[Problem]:
     found = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not found:
         problems.append(Problem(str(folder), f"no tokenizer (one of {', '.join(_TOKENIZER_FILES)})"))
-    problems += [Problem(str(file), looks) for file in found if (looks := _looks_like(file))]
+    problems += [Problem(str(file), looks) for file in found if (looks := looks_like(file))]
     template = folder / "chat_template.jinja"
     if template.is_file() and template.stat().st_size > _CHAT_TEMPLATE_LIMIT_BYTES:
         problems.append(Problem(str(template), f"larger than {_CHAT_TEMPLATE_LIMIT_BYTES} bytes"))
@@ -95,18 +96,5 @@ def _tokenizer_problems(folder: Path) -> list[Problem]:
         except InputError as error:
             problems += error.problems
         except ValueError as error:
-            problems.append(Problem(str(settings), _looks_like(settings) or f"not valid JSON: {error}"))
+            problems.append(Problem(str(settings), looks_like(settings) or f"not valid JSON: {error}"))
     return problems
-
-
-def _looks_like(file: Path) -> str | None:
-    """The usual reason why a file is not what its name says."""
-    with file.open("rb") as opened:
-        start = opened.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, the file itself was not downloaded (git lfs pull)"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        return "it looks like a pickle under another name"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "it looks like an HTML page (failed download?)"
-    return None

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -18,7 +16,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lora_lab.errors import DataError, IdentityError, MachineError, Problem
-from lora_lab.record.atomic import TEMPORARY_SUFFIX, disk_error, read_json, sync_folder, sync_tree, write_json
+from lora_lab.record.atomic import disk_error, read_json, write_json
+from lora_lab.record.whole_folder import write_whole_folder
 
 MANIFEST = "manifest.json"
 
@@ -36,7 +35,7 @@ def stored_folder(cache: Path, name: str, write: Callable[[Path], None]) -> Path
         models.mkdir(parents=True, exist_ok=True)
         with _locked(models / f".{name}.lock"):
             if not folder.exists():
-                _write_whole(folder, write)
+                write_whole_folder(folder, lambda temporary: (write(temporary), _write_manifest(temporary)))
     except OSError as error:
         raise disk_error(error, path=folder) from error
     except SafetensorError as error:
@@ -84,21 +83,11 @@ def _sha256_once(path: Path, size_bytes: int, modified_ns: int) -> str:
     return sha256_of(path)
 
 
-def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
-    try:
-        temporary.mkdir()
-        write(temporary)
-        files = {
-            path.name: {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in sorted(temporary.iterdir())
-        }
-        write_json(temporary / MANIFEST, {"files": files})
-        sync_tree(temporary)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _write_manifest(folder: Path) -> None:
+    files = {
+        path.name: {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
+    }
+    write_json(folder / MANIFEST, {"files": files})
 
 
 @contextmanager

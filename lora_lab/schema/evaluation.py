@@ -8,7 +8,7 @@ from lora_lab.schema.section import Count, Names, Natural, Section, Seed
 
 
 class SkillsTasks(Section):
-    """Multiple-choice tasks made like `data=skills`: over skills that are trained on, and over others, never trained."""
+    """Multiple-choice tasks made like `data=skills`: over skills that are trained on, and over others."""
 
     documents: Count
     seed: Seed

@@ -16,7 +16,7 @@ import torch
 from lora_lab.adapters.attach import attach, count_parameters
 from lora_lab.app.compose import Composer
 from lora_lab.app.planning import Plan, cache_folder, make_plan
-from lora_lab.app.session import Request
+from lora_lab.app.request import Request
 from lora_lab.errors import InputError
 from lora_lab.launch.local import run_jobs
 from lora_lab.models.load import load_base

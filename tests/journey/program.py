@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,10 @@ class Lab:
         """Every run of the ledger."""
         return Ledger(self.root).runs()
 
+    def find(self, name: str) -> RunRecord:
+        """The run of that name."""
+        return Ledger(self.root).resolve(name)
+
     def only(self) -> RunRecord:
         """The one run of the ledger."""
         (record,) = self.runs()
@@ -99,12 +104,31 @@ class Lab:
 def call(*arguments: str) -> Answer:
     """One call of the program in this process; argparse and Hydra may end it by SystemExit."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), own_logging():
         try:
             code: Any = main(list(arguments))
         except SystemExit as leaving:
             code = 0 if leaving.code is None else leaving.code
     return Answer(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def own_logging() -> Iterator[None]:
+    """Hydra adds handlers and switches other loggers off for the rest of the process; here only for the call."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    _switch_on()
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = handlers, level
+        _switch_on()
+
+
+def _switch_on() -> None:
+    for one in logging.root.manager.loggerDict.values():
+        if isinstance(one, logging.Logger):
+            one.disabled = False
 
 
 def process_environment(**more: str) -> dict[str, str]:
@@ -148,8 +172,3 @@ def lines_of(path: Path) -> int:
         return path.read_bytes().count(b"\n")
     except OSError:
         return 0
-
-
-def names(values: Sequence[Any]) -> list[str]:
-    """The `name` of each row of JSON."""
-    return [value["name"] for value in values]

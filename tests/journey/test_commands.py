@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from lora_lab.data.sources import load_rows
 from lora_lab.evaluate.heldout import score_heldout
 from lora_lab.record.run_record import RunRecord
 from lora_lab.schema.trial import read_trial
-from tests.journey.program import Lab
+from tests.journey.program import Lab, process_environment
 
 STEPS = ("training.max_steps=4", "learning_rate=2e-2", "alpha=32")
 
@@ -79,6 +81,13 @@ def test_runs_without_a_ledger(tmp_path: Path, tiny_cache: Path) -> None:
     assert not (tmp_path / "nothing").exists()
 
 
+def test_a_reader_that_leaves_early_is_no_error(filled: Lab) -> None:
+    command = f"{sys.executable} -m lora_lab.app.cli runs --root '{filled.root}'"
+    piped = ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(piped, env=process_environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_compare(filled: Lab, runs: dict[str, RunRecord]) -> None:
     a, b = runs["lora-r8-qv-s0"], runs["rslora-r2-qv-s0"]
     comparison = filled.ask("compare", a.name, b.run_id[:9], "--json").json()
@@ -133,6 +142,16 @@ def test_merge_into_the_base(filled: Lab, runs: dict[str, RunRecord], tmp_path: 
 
     again = filled.load("merge", name, "--output", str(merged))
     assert again.code == 2 and "exists already" in again.err
+
+
+def test_a_merged_model_is_a_base_like_any_other(filled: Lab, tmp_path: Path) -> None:
+    """Loss before training: that of the run it came from."""
+    merged = tmp_path / "merged"
+    assert filled.load("merge", "lora-r8-qv-s0", "--output", str(merged)).code == 0
+    lab = Lab(tmp_path / "lab", filled.cache)
+    assert lab.run(f"model={merged}", "method=base").code == 0
+    assert _loss(lab.only()) == pytest.approx(_loss(filled.find("lora-r8-qv-s0")), rel=1e-5)
+    assert lab.run(f"model={merged}", "method=dora", "rank=3").code == 0
 
 
 def test_merge_of_a_quantized_run_gives_plain_weights(filled: Lab, runs: dict[str, RunRecord], tmp_path: Path) -> None:
