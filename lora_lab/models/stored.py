@@ -35,7 +35,7 @@ def stored_folder(cache: Path, name: str, write: Callable[[Path], None]) -> Path
         models.mkdir(parents=True, exist_ok=True)
         with _locked(models / f".{name}.lock"):
             if not folder.exists():
-                write_whole_folder(folder, lambda temporary: (write(temporary), _write_manifest(temporary)))
+                write_whole_folder(folder, lambda temporary: _write_with_manifest(temporary, write))
     except OSError as error:
         raise disk_error(error, path=folder) from error
     except SafetensorError as error:
@@ -83,10 +83,10 @@ def _sha256_once(path: Path, size_bytes: int, modified_ns: int) -> str:
     return sha256_of(path)
 
 
-def _write_manifest(folder: Path) -> None:
-    files = {
-        path.name: {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
-    }
+def _write_with_manifest(folder: Path, write: Callable[[Path], None]) -> None:
+    write(folder)
+    paths = sorted(folder.iterdir())
+    files = {path.name: {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
     write_json(folder / MANIFEST, {"files": files})
 
 
