@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.training_speed --output training_speed.json
 
-Both train the same rank-8 adapter on all linear layers of the embedded model, on the same rows of `skills` in batches of 8;
-steps alternate, so that a machine whose speed drifts treats both alike. Tokens are real ones, without padding. The limit
-named beside them is what the matrix products of forward and backward alone would allow at the speed of one large product.
+Both train the same rank-8 adapter on all linear layers of the embedded model, on the same rows of `skills` in batches
+of 8; steps alternate, so that a machine whose speed drifts treats both alike. Tokens are real ones, without padding.
+The limit beside them is what the matrix products of forward and backward alone would allow at the speed of one large
+product.
 """
 
 from __future__ import annotations

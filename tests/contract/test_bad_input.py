@@ -810,9 +810,7 @@ def test_copies_are_counted_before_a_run(
     assert err.count("held.jsonl: 1 rows, fewer than heldout_size (100)") == 1
 
 
-def test_a_file_that_changes_during_the_sweep(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changes_during_the_sweep(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 77: the run is refused, not mixed; the model is never loaded."""
     (tmp_path / "train.jsonl").write_text(TEXT)
     (tmp_path / "held.jsonl").write_text('{"text": "z"}')
@@ -910,9 +908,7 @@ def test_a_newer_result_is_left_alone(call: Call, one_run: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["result.json", "trial.json"])
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"\xff\xfe", b'{"schema_version": 1}', b'{"a": NaN}'], ids=repr
-)
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"schema_version": 1}', b'{"a": NaN}'], ids=repr)
 def test_damaged_files_are_shown_and_kept(call: Call, one_run: Path, file: str, content: bytes) -> None:
     (one_run / file).write_bytes(content)
     answer = call("runs")
