@@ -137,9 +137,10 @@ def test_batch_size_does_not_change_a_score(scored: tuple[nn.Module, list[Encode
 def test_cut_rows_do_not_count_as_matches() -> None:
     rows = [Encoded(row.input_ids, row.loss_mask, cut=index < 2) for index, row in enumerate(_rows(4))]
     model = random_network(SHAPE, seed=0)
-    assert score_heldout(model, rows, pad_id=PAD, batch_size=4, device="cpu").metrics[
-        "heldout/exact_match"
-    ].num_examples == 2
+    assert (
+        score_heldout(model, rows, pad_id=PAD, batch_size=4, device="cpu").metrics["heldout/exact_match"].num_examples
+        == 2
+    )
     all_cut = [Encoded(row.input_ids, row.loss_mask, cut=True) for row in rows]
     scores = score_heldout(model, all_cut, pad_id=PAD, batch_size=4, device="cpu")
     assert "heldout/exact_match" not in scores.metrics
