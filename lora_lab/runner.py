@@ -226,6 +226,11 @@ def _gather_training(member: Member, gathered: Gathered, *, device: torch.device
         "optimizer_state_bytes": storage_bytes(state_tensors(member.optimizer)),
     }
     gathered.facts["optimizer"] = optimizer_facts(member.optimizer, device=device)
+    still = sum(record.gradient_norm == 0 for record in member.records)
+    if still:
+        gathered.warnings.append(
+            f"the gradient norm was exactly 0 at {still} of {member.step} steps: nothing was learnt there"
+        )
     if member.records:
         gathered.measurements |= {
             "step_seconds": seconds,

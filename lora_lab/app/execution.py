@@ -45,6 +45,9 @@ def _run(plan: Plan, *, as_json: bool) -> int:
         print()
     else:
         print_table(table)
+    for record in records:
+        for warning in record.result.facts["warnings"] if record.result is not None else ():
+            print(f"{record.name}: {warning}", file=sys.stderr)
     for name in tally.elsewhere:
         print(f"{name}: running in another process; run the same command again for its result", file=sys.stderr)
     if tally.left_out:

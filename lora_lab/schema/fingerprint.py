@@ -38,6 +38,7 @@ def canonical(trial: Trial, identities: Mapping[str, str]) -> dict[str, Any]:
     if trial.method.kind == "base":
         content = {key: value for key, value in content.items() if key not in _TRAINING_ONLY}
         content["training"] = {"precision": trial.training.precision}
+        content["data"] = {key: value for key, value in content["data"].items() if not key.startswith("train_")}
     content["seed"] = None  # the four parts in `seeds` say all
     return {"trial": content, "identities": dict(identities), "numerics_version": NUMERICS_VERSION}
 

@@ -585,6 +585,17 @@ def test_values_of_the_environment_are_not_printed(
     assert not any(SECRET[start : start + 8] in said for start in range(len(SECRET) - 8))
 
 
+def test_a_path_from_the_environment_is_told_as_it_was_written(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret-place").mkdir()
+    (tmp_path / "secret-place" / "rows.jsonl").write_text('{"text": 1}\n')
+    monkeypatch.setenv("FOLDER_OF_MINE", str(tmp_path / "secret-place"))
+    answer = call("plan", *TINY, "data=jsonl", "data.path=${oc.env:FOLDER_OF_MINE}/rows.jsonl")
+    check(answer, 2, '${oc.env:FOLDER_OF_MINE}/rows.jsonl:1: "text" must be text')
+    assert "secret-place" not in answer.err
+
+
 def test_a_good_value_of_the_environment_is_used(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NAME_OF_MINE", "mine")
     assert call("plan", *TINY, "tag=${oc.env:NAME_OF_MINE}").code == 0
