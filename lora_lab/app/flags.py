@@ -38,6 +38,9 @@ def parse_flags(command: str, arguments: Sequence[str]) -> argparse.Namespace:
         problems.append(Problem("", f"only one of {', '.join(f'--{mode}' for mode in chosen)} can be given"))
     if flags.resolve and not flags.cfg and not flags.help:
         problems.append(Problem("--resolve", "needs --cfg"))
+    asked = {text.partition("=")[0] for text in flags.overrides}
+    if flags.shell_completion and not asked & {"install", "uninstall", "query"}:
+        problems.append(Problem("--shell-completion", "needs one of install=SHELL, uninstall=SHELL, query=SHELL"))
     if flags.experimental_rerun is not None:
         problems.append(
             Problem("--experimental-rerun", "reads a pickle, which can run code; use the overrides instead")
@@ -54,17 +57,24 @@ def check_flags(flags: argparse.Namespace) -> Path | None:
     Raises:
         InputError: no such folder, or files that are not plain YAML; lists all of them.
     """
-    problems: list[Problem] = []
-    for where, folder in (("--config-path", flags.config_path), ("--config-dir", flags.config_dir)):
-        if folder is None:
-            continue
-        for path in sorted(existing(Path(folder), where=where, kind="folder").rglob("*.yaml")):
-            if not path.stat().st_size:
-                continue
-            try:
-                read_yaml(path)
-            except InputError as error:
-                problems += error.problems
+    given = {"--config-path": flags.config_path, "--config-dir": flags.config_dir}
+    problems = [one for where, folder in given.items() if folder for one in folder_problems(folder, where=where)]
     if problems:
         raise InputError(problems)
     return None if flags.config_dir is None else Path(flags.config_dir)
+
+
+def folder_problems(folder: str, *, where: str) -> list[Problem]:
+    """What is wrong with a folder of configuration files that Hydra is going to read."""
+    problems: list[Problem] = []
+    try:
+        files = sorted(existing(Path(folder), where=where, kind="folder").rglob("*.yaml"))
+    except InputError as error:
+        return list(error.problems)
+    for path in files:
+        try:
+            if path.stat().st_size:  # an empty leaf chooses nothing
+                read_yaml(path)
+        except InputError as error:
+            problems += error.problems
+    return problems

@@ -47,10 +47,10 @@ def main(arguments: Sequence[str]) -> int:
     as_json = "--json" in rest
     rest = [argument for argument in rest if argument != "--json"]
     flags = parse_flags(command, rest)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as exceptions; none is printed as a traceback
     if flags.help or flags.hydra_help or flags.info or flags.shell_completion:
         _run_hydra(command, rest)
         return 0
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as exceptions; none is printed as a traceback
     session = Session(functools.partial(carry_out, command=command, as_json=as_json))
     texts = _prepare(session, flags)
     with activated(session):

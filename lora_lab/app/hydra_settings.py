@@ -16,11 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.app.compose import config_loader
+from lora_lab.app.flags import folder_problems
 from lora_lab.app.interpolation import first_line
 from lora_lab.app.locations import conf_folder
 from lora_lab.errors import InputError, Problem, nearest
 
 OWN_LAUNCHER = "lora_lab"
+_SEARCH_PATH = "hydra.searchpath"
 _PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
 _PLUGIN_MODULES = ("hydra_plugins.", "hydra._internal.core_plugins.")
 # What a user's configuration file may not set either: where Hydra writes, and which classes it makes.
@@ -28,12 +30,17 @@ _CLOSED = ("run", "sweep", "output_subdir", "job_logging", "hydra_logging", "cal
 
 
 def plugin_problems(overrides: Sequence[Override], loader: ConfigLoader) -> list[Problem]:
-    """Launchers and sweepers that are not installed."""
+    """Launchers and sweepers that are not installed, and folders of `hydra.searchpath` that cannot be read."""
     problems = []
     for override in overrides:
-        group, chosen = override.key_or_group, str(override.value())
-        if group in _PLUGIN_GROUPS and chosen not in (options := loader.get_group_options(group)):
-            problems.append(Problem(group, f'no such choice "{chosen}"' + nearest(chosen, sorted(options))))
+        key, value = override.key_or_group, override.value()
+        if key in _PLUGIN_GROUPS and str(value) not in (options := loader.get_group_options(key)):
+            problems.append(Problem(key, f'no such choice "{value}"' + nearest(str(value), sorted(options))))
+        if key == _SEARCH_PATH and not isinstance(value, list):
+            problems.append(Problem(key, f"expected a list of folders as [file://FOLDER], got {value}"))
+        elif key == _SEARCH_PATH:
+            folders = [str(one).removeprefix("file://") for one in value if not str(one).startswith("pkg://")]
+            problems += [one for folder in folders for one in folder_problems(folder, where=key)]
     return problems
 
 
@@ -55,7 +62,12 @@ def load_master(loader: ConfigLoader, flags: argparse.Namespace, lines: list[str
         raise InputError(first_line(error)) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(" ".join(str(error).split())) from None
-    if flags.config_name or flags.config_dir or flags.config_path or any("searchpath" in line for line in lines):
+    if (
+        flags.config_name
+        or flags.config_dir
+        or flags.config_path
+        or any(line.startswith(_SEARCH_PATH) for line in lines)
+    ):
         problems = list(_setting_problems(master))
         if problems:
             raise InputError(problems)
