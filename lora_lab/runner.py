@@ -32,6 +32,7 @@ from lora_lab.record.gathered import Gathered
 from lora_lab.record.result import Metric, Result, Status
 from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.step_log import StepLog
+from lora_lab.schema.evaluation import Evaluation
 from lora_lab.schema.fingerprint import NUMERICS_VERSION
 from lora_lab.train.checkpointing import enable_checkpointing
 from lora_lab.train.loop import train
@@ -135,6 +136,7 @@ def _carry_out(
         gathered.metrics |= scores.metrics
         gathered.missing |= scores.missing
         gathered.facts["evaluation"] = scores.facts
+        _warn_about_limit(gathered, job.trial.evaluation)
         return Status.COMPLETED, None
     finally:
         gathered.measurements |= meter.measurements
@@ -160,6 +162,14 @@ def _warn_about_cuts(gathered: Gathered, examples: EncodedSet, *, side: str, max
             f"{examples.cut_rows} of {len(examples.examples)} {side} rows are longer than data.max_length={max_length} "
             "tokens and were cut"
         )
+
+
+def _warn_about_limit(gathered: Gathered, evaluation: Evaluation) -> None:
+    counts = {name.partition("/")[0]: metric.num_examples for name, metric in gathered.metrics.items()}
+    for task in evaluation.tasks:
+        count = counts.get(task)
+        if evaluation.limit is not None and count is not None and count < evaluation.limit:
+            gathered.warnings.append(f"{task} has {count} documents, fewer than evaluation.limit={evaluation.limit}")
 
 
 def _train(
