@@ -21,39 +21,22 @@ from lora_lab.evaluate.local_documents import completion_documents, skills_docum
 from lora_lab.evaluate.tasks import prepare_tasks
 from lora_lab.models.random import byte_tokenizer, random_network
 from lora_lab.schema.evaluation import Evaluation, ProseTasks, SkillsTasks
-from lora_lab.schema.model import Shape
+from tests.evaluation_samples import TINY_SHAPE
+from tests.evaluation_samples import evaluation as small_evaluation
 
-SHAPE = Shape(
-    family="llama",
-    hidden_size=16,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_size=16,
-    vocab_size=260,
-    max_positions=1024,
-    tied_embeddings=False,
-)
+SHAPE = TINY_SHAPE.model_copy(update={"max_positions": 1024})
 LOCAL = ["skills_trained", "skills_unseen", "prose_perplexity", "prose_completion"]
 
 
+SIZES: dict[str, object] = {
+    "bootstrap_iters": 10,
+    "skills": {"documents": 12, "seed": 0},
+    "prose": {"perplexity_words": 200, "completion_documents": 6, "seed": 0},
+}
+
+
 def evaluation(*tasks: str, **changes: object) -> Evaluation:
-    values = {
-        "heldout": False,
-        "tasks": list(tasks),
-        "engine": "stock",
-        "batch_size": 8,
-        "limit": None,
-        "num_fewshot": None,
-        "apply_chat_template": False,
-        "bootstrap_iters": 10,
-        "mirror": None,
-        "include_path": None,
-        "skills": {"documents": 12, "seed": 0},
-        "prose": {"perplexity_words": 200, "completion_documents": 6, "seed": 0},
-    }
-    return Evaluation.model_validate({**values, **changes})
+    return small_evaluation(*tasks, **{**SIZES, **changes})
 
 
 def network() -> Any:

@@ -20,24 +20,13 @@ from lora_lab.evaluate.harness import SEEDS, evaluate_model
 from lora_lab.evaluate.mirror import mirror_identity, read_mirror
 from lora_lab.models.random import byte_tokenizer, random_network
 from lora_lab.schema.evaluation import Evaluation
-from lora_lab.schema.model import Shape
 from tests.conftest import SHARED_DATA
+from tests.evaluation_samples import TINY_SHAPE
+from tests.evaluation_samples import evaluation as small_evaluation
 
 pytestmark = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no mirror of official rows at {SHARED_DATA}")
 
 LIMIT = 4
-SHAPE = Shape(
-    family="llama",
-    hidden_size=16,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_size=16,
-    vocab_size=260,
-    max_positions=4096,
-    tied_embeddings=False,
-)
 TASKS = {  # the splits that lm-eval reads: evaluated, and few-shot where the task draws from another one
     "truthfulqa_mc1": {"validation": "truthfulqa/multiple_choice.jsonl"},
     "truthfulqa_mc2": {"validation": "truthfulqa/multiple_choice.jsonl"},
@@ -55,21 +44,8 @@ TASKS = {  # the splits that lm-eval reads: evaluated, and few-shot where the ta
 
 
 def evaluation(tasks: list[str], **changes: object) -> Evaluation:
-    values = {
-        "heldout": False,
-        "tasks": tasks,
-        "engine": "stock",
-        "batch_size": 8,
-        "limit": LIMIT,
-        "num_fewshot": None,
-        "apply_chat_template": False,
-        "bootstrap_iters": 10,
-        "mirror": str(SHARED_DATA),
-        "include_path": None,
-        "skills": {"documents": 4, "seed": 0},
-        "prose": {"perplexity_words": 10, "completion_documents": 2, "seed": 0},
-    }
-    return Evaluation.model_validate({**values, **changes})
+    values = {"limit": LIMIT, "bootstrap_iters": 10, "mirror": str(SHARED_DATA)}
+    return small_evaluation(*tasks, **{**values, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> Any:
-    model, tokenizer = random_network(SHAPE, seed=0), byte_tokenizer(SHAPE.max_positions)
+    model, tokenizer = random_network(TINY_SHAPE, seed=0), byte_tokenizer(TINY_SHAPE.max_positions)
     return evaluate_model(model, tokenizer, evaluation(list(TASKS)), cache=folder / "cache", output=folder / "out")
 
 
@@ -102,7 +78,7 @@ def theirs(folder: Path) -> dict[str, Any]:
             if official is not None and official not in splits:
                 config[key] = None
         (include / f"{task}.yaml").write_text(yaml.safe_dump(config))
-    model, tokenizer = random_network(SHAPE, seed=0), byte_tokenizer(SHAPE.max_positions)
+    model, tokenizer = random_network(TINY_SHAPE, seed=0), byte_tokenizer(TINY_SHAPE.max_positions)
     results = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
         tasks=list(TASKS),
@@ -142,7 +118,7 @@ def test_chance_of_official_multiple_choice(ours: Any) -> None:
 
 
 def test_a_group_is_made_of_its_members(folder: Path) -> None:
-    model, tokenizer = random_network(SHAPE, seed=0), byte_tokenizer(SHAPE.max_positions)
+    model, tokenizer = random_network(TINY_SHAPE, seed=0), byte_tokenizer(TINY_SHAPE.max_positions)
     asked = evaluation(["mmlu_other"], limit=1, bootstrap_iters=0)
     scores = evaluate_model(model, tokenizer, asked, cache=folder / "cache", output=folder / "group")
     members = [name for name in scores.metrics if name.startswith("mmlu_") and name != "mmlu_other/acc"]
@@ -159,7 +135,7 @@ def test_a_changed_file_is_refused(tmp_path: Path, folder: Path) -> None:
         writer = csv.DictWriter(stream, fieldnames=list(row))
         writer.writeheader()
         writer.writerow(row)
-    model, tokenizer = random_network(SHAPE, seed=0), byte_tokenizer(SHAPE.max_positions)
+    model, tokenizer = random_network(TINY_SHAPE, seed=0), byte_tokenizer(TINY_SHAPE.max_positions)
     asked = evaluation(["copa"], mirror=str(tmp_path))
     with pytest.raises(IdentityError, match=r"validation\.jsonl: SHA-256"):
         evaluate_model(model, tokenizer, asked, cache=folder / "cache", output=tmp_path / "out")

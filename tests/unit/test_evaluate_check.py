@@ -13,6 +13,7 @@ from lora_lab.errors import InputError
 from lora_lab.evaluate.catalogue import leaves, official_tasks
 from lora_lab.evaluate.check import LOCAL_TASKS, check_evaluation, locate_tasks
 from lora_lab.schema.evaluation import Evaluation
+from tests.evaluation_samples import evaluation
 
 PLAIN_TASK = """
 task: my_task
@@ -25,24 +26,6 @@ doc_to_choice: choices
 doc_to_target: label
 metric_list: [{metric: acc}]
 """
-
-
-def evaluation(*tasks: str, **changes: object) -> Evaluation:
-    values = {
-        "heldout": False,
-        "tasks": list(tasks),
-        "engine": "stock",
-        "batch_size": 8,
-        "limit": None,
-        "num_fewshot": None,
-        "apply_chat_template": False,
-        "bootstrap_iters": 0,
-        "mirror": None,
-        "include_path": None,
-        "skills": {"documents": 8, "seed": 0},
-        "prose": {"perplexity_words": 100, "completion_documents": 4, "seed": 0},
-    }
-    return Evaluation.model_validate({**values, **changes})
 
 
 @pytest.fixture(scope="module")
