@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_lab.errors import InputError, Problem, nearest
 
 CombineKind = Literal["linear", "svd", "ties"]
-_KINDS = ("linear", "svd", "ties")
+COMBINE_KINDS = ("linear", "svd", "ties")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,8 @@ def _combine_problems(
         for name in names
         if name not in configs
     ]
-    if kind not in _KINDS:
-        problems.append(Problem("kind", f'no such kind "{kind}"' + nearest(kind, _KINDS)))
+    if kind not in COMBINE_KINDS:
+        problems.append(Problem("kind", f'no such kind "{kind}"' + nearest(kind, COMBINE_KINDS)))
     if not names or len(names) != len(set(names)):
         problems.append(Problem("adapters", f"expected different adapters, got {', '.join(names) or 'none'}"))
     if len(names) != len(weights):

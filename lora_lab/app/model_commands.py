@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hydra.types import RunMode
 
-from lora_lab.adapters.merge import combine, merge_into_base
+from lora_lab.adapters.merge import COMBINE_KINDS, combine, merge_into_base
 from lora_lab.adapters.save import load_adapter, save_adapter, save_model
 from lora_lab.app.compose import config_loader
 from lora_lab.app.interpolation import plain_mapping
@@ -96,8 +96,10 @@ def _merge(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     records = _mergeable(options)
+    weights = _weights(options.weights, len(records))
     _, base, model = _load_run(records[0], cache=_cache(options), device=choose_device(options.device))
-    report = _merge_one(model, base, options) if len(records) == 1 else _merge_several(model, records, options)
+    is_one = len(records) == 1
+    report = _merge_one(model, base, options) if is_one else _merge_several(model, records, weights, options)
     json.dump(report, sys.stdout, indent=None if options.json else 2)
     print()
     return 0
@@ -118,6 +120,8 @@ def _mergeable(options: argparse.Namespace) -> list[RunRecord]:
     if len(records) == 1:
         given = {"--kind": options.kind, "--weights": options.weights, "--density": options.density}
         problems += [Problem(key, "is for several runs; one was given") for key, value in given.items() if value]
+    if options.kind not in (None, *COMBINE_KINDS):
+        problems.append(Problem("--kind", f'no such kind "{options.kind}"' + nearest(options.kind, COMBINE_KINDS)))
     if options.output.exists():
         problems.append(Problem("--output", f"{options.output} exists already"))
     if problems:
@@ -157,13 +161,14 @@ def _probe_ids(base: LoadedBase) -> torch.Tensor:
     return torch.tensor([row[:shortest] for row in rows], device=base.model.device)
 
 
-def _merge_several(model: Any, records: Sequence[RunRecord], options: argparse.Namespace) -> dict[str, Any]:
-    weights = _weights(options.weights, len(records))
+def _merge_several(
+    model: Any, records: Sequence[RunRecord], weights: list[float], options: argparse.Namespace
+) -> dict[str, Any]:
     names = ["default"]
     for index, record in enumerate(records[1:], start=1):
         load_adapter(model, record.adapter_folder, name=f"other{index}")
         names.append(f"other{index}")
-    kind: Any = options.kind or "linear"  # `combine` refuses an unknown one
+    kind: Any = options.kind or "linear"
     combine(model, names, weights, kind=kind, density=options.density, result="merged")
     size = save_adapter(model, options.output, name="merged")
     return {
