@@ -32,7 +32,8 @@ lint: $(SETUP)
 unit: $(SETUP)
 	$(BIN)/python -m pytest
 
-bench: $(SETUP) ## training speed against a plain PEFT loop, side by side
+bench: $(SETUP) ## planning, and training speed against a plain PEFT loop, side by side
+	$(BIN)/python -m tests.benchmarks.plan_speed
 	$(BIN)/python -m tests.benchmarks.training_speed
 
 wheel-test: $(SETUP) ## build the wheel and use it outside the checkout

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,6 @@ from lora_lab.record.result import RESULT_SCHEMA_VERSION
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TINY = ("model=tiny_random", "evaluation.tasks=[]")
-LIMIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,6 @@ class Answer:
     code: int
     out: str
     err: str
-    seconds: float
 
 
 Call = Callable[..., Answer]
@@ -111,15 +108,13 @@ def call(
             line.append(f"cache={shared_cache}")
         before = _tree(tmp_path / "lab" / "runs")
         capsys.readouterr()
-        started = time.monotonic()
         code = main(line)
-        seconds = time.monotonic() - started
         said = capsys.readouterr()
         assert "Traceback" not in said.err + said.out
         if code in (2, 4):
             assert _tree(tmp_path / "lab" / "runs") == before, "a refusal changes nothing in the ledger"
             assert said.err.startswith("error: ") or "usage:" in said.err
-        return Answer(code, said.out, said.err, seconds)
+        return Answer(code, said.out, said.err)
 
     yield run
 
@@ -132,7 +127,6 @@ def check(answer: Answer, code: int, *fragments: str) -> None:
     assert answer.code == code, answer.err
     for fragment in fragments:
         assert fragment in answer.err
-    assert answer.seconds < LIMIT_SECONDS
 
 
 # (what is typed after `plan model=tiny_random evaluation.tasks=[]`, fragments of the answer); the exit code is 2.
@@ -806,7 +800,7 @@ def test_good_data_files_pass(call: Call, tmp_path: Path) -> None:
     (tmp_path / "held.jsonl").write_text('{"text": "z"}')
     line = (*TINY, "data=jsonl", "data.path=train.jsonl", "data.heldout_path=held.jsonl")
     answer = call("plan", *line, "--json")
-    assert answer.code == 0 and answer.seconds < LIMIT_SECONDS
+    assert answer.code == 0
     assert json.loads(answer.out)[0]["train_rows"] == 3
     with pytest.raises(WeightsLoadedError):
         call("run", *line)

@@ -181,18 +181,13 @@ def test_plan_says_what_scripts_rely_on(lab: Lab) -> None:
     assert "3 trials: 2 new, 0 done, 1 duplicate" in text.out
 
 
-def test_plan_of_500_trials_is_fast_and_light(tmp_path: Path) -> None:
-    """Wall time is measured loosely here; alone on a core it is below 3 s."""
-    import time
-
-    start = time.monotonic()
+def test_plan_of_500_trials_is_light(tmp_path: Path) -> None:
+    """How long it takes is measured by tests/benchmarks/plan_speed.py."""
     arguments = ("plan", "-m", "seed=range(0,50)", "rank=1,2,3,4,5,6,7,8,9,10", f"root={tmp_path / 'lab'}", "--json")
     answer = python(_LOADED, *arguments, cwd=tmp_path / "here")
-    seconds = time.monotonic() - start
     assert answer.code == 0, answer.err
     assert len({row["fingerprint"] for row in answer.json()}) == 500
     assert answer.err.splitlines()[-1] == "loaded: []"
-    assert seconds < 15
 
 
 def test_a_study_and_the_ledgers_commands_are_light_too(tmp_path: Path, tiny_runs: Path) -> None:

