@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import itertools
 import json
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lora_lab.adapters.attach import attach, count_parameters
 from lora_lab.app.compose import Composer
@@ -29,7 +27,7 @@ from lora_lab.report.progress import Progress
 from lora_lab.schema.method import PARTS, Target
 from lora_lab.schema.trial import Trial
 from tests.conftest import MakeTrial
-from tests.journey.program import Lab
+from tests.journey.program import Lab, single_thread
 
 METHODS = ("base", "full", "lora", "rslora", "dora", "qlora")
 OPTIMIZERS = ("adamw", "sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit", "lion")
@@ -42,12 +40,8 @@ GPT2 = ("model.shape.family=gpt2", "model.shape.num_kv_heads=4", "target=attenti
 @pytest.fixture(autouse=True, scope="module")
 def one_core() -> Iterator[None]:
     """Two steps on 60 tokens gain nothing from a second core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()  # the runner collects after each run, and there is much of pytest and torch that stays
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.journey.program import Lab
+from tests.journey.program import Lab, single_thread
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +25,5 @@ def lab(tmp_path: Path, tiny_cache: Path) -> Lab:
 @pytest.fixture(autouse=True, scope="session")
 def one_core() -> Iterator[None]:
     """Sums in the order of a single thread, so that scores can be compared byte for byte."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()  # the runner collects after each run, and there is much of pytest and torch that stays
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
+    with single_thread():
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lora_lab.app.cli import main
 from lora_lab.record.ledger import Ledger
@@ -110,6 +113,19 @@ def call(*arguments: str) -> Answer:
         except SystemExit as leaving:
             code = 0 if leaving.code is None else leaving.code
     return Answer(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """torch on one thread within the block, and what exists before it left out of garbage collection."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()  # the runner collects after each run, and there is much of pytest and torch that stays
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
