@@ -9,7 +9,6 @@ import gc
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -20,40 +19,32 @@ from lora_lab.data.sources import load_rows
 from lora_lab.errors import IdentityError, LabError, MachineError, Problem
 from lora_lab.evaluate.identity import evaluation_identities
 from lora_lab.evaluate.score import score_model
-from lora_lab.memory.live_bytes import storage_bytes
+from lora_lab.memory.live_bytes import model_tensors, storage_bytes
 from lora_lab.memory.meter import MemoryMeter, memory_now
 from lora_lab.models.load import LoadedBase, load_base
 from lora_lab.optim.optimizers import optimizer_facts, state_tensors
 from lora_lab.plan.identity import identities_of
 from lora_lab.plan.job import Job
+from lora_lab.plan.steps import steps_of
 from lora_lab.record.atomic import write_text
 from lora_lab.record.environment import utc_now
 from lora_lab.record.gathered import Gathered
 from lora_lab.record.result import Metric, Result, Status
 from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.step_log import StepLog
+from lora_lab.record.watcher import Watcher
 from lora_lab.schema.evaluation import Evaluation
 from lora_lab.schema.fingerprint import NUMERICS_VERSION
 from lora_lab.train.checkpointing import enable_checkpointing
 from lora_lab.train.loop import train
 from lora_lab.train.member import Member, StepRecord, member_of
-from lora_lab.train.probe import probe_peak_bytes
+from lora_lab.train.probe import probe_step
 
 # Above this share of cut rows a result says so.
 _MANY_CUTS = 0.05
 
 
-class Listener(Protocol):
-    """Who watches a run: the terminal's progress display, or nobody."""
-
-    def phase(self, text: str) -> None:
-        """The run enters a phase."""
-
-    def step(self, step: int, loss: float, tokens_per_second: float, memory_bytes: int) -> None:
-        """A step is done."""
-
-
-def run_job(job: Job, folder: RunFolder, *, device: torch.device, cache: Path, listener: Listener) -> Result:
+def run_job(job: Job, folder: RunFolder, *, device: torch.device, cache: Path, watcher: Watcher) -> Result:
     """Runs one job in its claimed folder and writes its result.
 
     Raises:
@@ -63,9 +54,11 @@ def run_job(job: Job, folder: RunFolder, *, device: torch.device, cache: Path, l
     started_at, status, reason = utc_now(), Status.COMPLETED, None
     gathered.note_load("before")
     stop: BaseException | None = None
+    steps = steps_of(job.trial, job.train_rows)
+    watcher.run_started(folder.header, folder.path, steps=0 if steps is None else steps.steps)
     with gathered.timed("wall"):
         try:
-            status, reason = _carry_out(job, folder, gathered, device=device, cache=cache, listener=listener)
+            status, reason = _carry_out(job, folder, gathered, device=device, cache=cache, watcher=watcher)
         except KeyboardInterrupt as signal:
             status, reason, stop = Status.INTERRUPTED, "interrupted (Ctrl-C)", signal
         except LabError as error:
@@ -78,6 +71,7 @@ def run_job(job: Job, folder: RunFolder, *, device: torch.device, cache: Path, l
     gathered.note_load("after")
     result = _result(job, folder, gathered, status=status, reason=reason, started_at=started_at)
     folder.write_result(result)
+    watcher.run_finished(folder.header, folder.path, result)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -92,14 +86,14 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _carry_out(
-    job: Job, folder: RunFolder, gathered: Gathered, *, device: torch.device, cache: Path, listener: Listener
+    job: Job, folder: RunFolder, gathered: Gathered, *, device: torch.device, cache: Path, watcher: Watcher
 ) -> tuple[Status, str | None]:
     meter = MemoryMeter(device)
     gathered.facts["device"] = str(device)
     gathered.facts["executed"] = "alone"
     try:
         _verify_identities(job, cache=cache)
-        listener.phase("loading")
+        watcher.phase(folder.run_id, "loading")
         with gathered.timed("load"), meter.phase("load"):
             base = load_base(
                 job.trial.model,
@@ -119,17 +113,18 @@ def _carry_out(
         if job.trial.method.kind != "base":
             examples = encode_rows(rows.train, base.tokenizer, job.trial.data, vocab_size=base.model.config.vocab_size)
             _warn_about_cuts(gathered, examples, side="training", max_length=job.trial.data.max_length)
-            diverged = _train(job, folder, gathered, base, attached, examples, meter=meter, listener=listener)
+            diverged = _train(job, folder, gathered, base, attached, examples, meter=meter, watcher=watcher)
         if diverged is not None:
             gathered.missing["scores"] = "the run diverged"
             return Status.DIVERGED, diverged
-        listener.phase("scoring")
+        watcher.phase(folder.run_id, "scoring")
         with gathered.timed("evaluate"), meter.phase("evaluate"):
             scores = score_model(
                 attached.model,
                 base.tokenizer,
                 heldout.examples,
-                job.trial.evaluation,
+                rows.heldout,
+                job.trial,
                 cache=cache,
                 output=folder.eval_folder,
             )
@@ -181,10 +176,11 @@ def _train(
     examples: EncodedSet,
     *,
     meter: MemoryMeter,
-    listener: Listener,
+    watcher: Watcher,
 ) -> str | None:
     """Trains and saves; returns why it diverged, or None."""
     device = base.model.device
+    gathered.measurements |= _weight_bytes(attached)
     member = member_of(job.trial, attached, examples.examples, name=job.name)
     enable_checkpointing(attached.model, job.trial.training.gradient_checkpointing)
     gathered.measurements |= {
@@ -193,25 +189,29 @@ def _train(
         "loss_token_fraction": examples.loss_share,
     }
     if device.type != "cuda":
-        listener.phase("measuring memory")
+        watcher.phase(folder.run_id, "measuring memory")
         with gathered.timed("probe"):
-            gathered.measurements["peak_allocated_bytes"] = probe_peak_bytes(
-                attached.model, member, pad_id=base.tokenizer.pad_token_id, device=device
-            )
-    listener.phase("training")
+            probe = probe_step(attached.model, member, pad_id=base.tokenizer.pad_token_id, device=device)
+        gathered.measurements |= {
+            "peak_allocated_bytes": probe.peak_bytes,
+            "gradient_bytes": probe.gradient_bytes,
+        }
+    else:
+        gathered.missing["gradient_bytes"] = "counted on the probe step, which only a CPU needs"
+    watcher.phase(folder.run_id, "training")
     with StepLog(folder.steps_path) as log, gathered.timed("train"), meter.phase("train"):
 
         def on_step(trained: Member, record: StepRecord) -> None:
-            key, memory = memory_now(device)
-            log.write(record.step, {**asdict(record), key: memory})
-            listener.step(record.step, record.loss, record.tokens / record.seconds, memory)
+            values = {**asdict(record), **memory_now(device)}
+            log.write(record.step, values)
+            watcher.step(folder.run_id, record.step, values)
 
         train(attached.model, [member], pad_id=base.tokenizer.pad_token_id, device=device, on_step=on_step)
     _gather_training(member, gathered, device=device)
     if device.type == "cuda":
         gathered.measurements["peak_allocated_bytes"] = meter.measurements["train_peak_allocated_bytes"]
         gathered.measurements["peak_reserved_bytes"] = meter.measurements["train_peak_reserved_bytes"]
-    listener.phase("saving")
+    watcher.phase(folder.run_id, "saving")
     saved = "adapter_file_bytes" if job.trial.method.has_adapter else "model_file_bytes"
     if not all(bool(torch.isfinite(parameter).all()) for parameter in member.parameters):
         gathered.missing[saved] = "not saved: the weights hold NaN or Inf"
@@ -222,6 +222,14 @@ def _train(
         else:
             gathered.measurements[saved] = save_model(attached.model, base.tokenizer, folder.model_folder)
     return member.diverged
+
+
+def _weight_bytes(attached: Attached) -> dict[str, int]:
+    """Bytes of the weights, 4-bit constants and buffers included, told apart by whether they are trained."""
+    trainable = [parameter for parameter in attached.model.parameters() if parameter.requires_grad]
+    trainable_bytes = storage_bytes(trainable)
+    frozen_bytes = storage_bytes(model_tensors(attached.model)) - trainable_bytes
+    return {"frozen_weight_bytes": frozen_bytes, "trainable_weight_bytes": trainable_bytes}
 
 
 def _gather_training(member: Member, gathered: Gathered, *, device: torch.device) -> None:

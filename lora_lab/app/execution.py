@@ -36,7 +36,7 @@ def _run(plan: Plan, *, as_json: bool) -> int:
     for note in plan.notes:
         print(note, file=sys.stderr)
     with Progress() as progress:
-        tally = run_jobs(plan.jobs, ledger, plan.lab, cache=cache, progress=progress)
+        tally = run_jobs(plan.jobs, ledger, plan.lab, cache=cache, watcher=progress)
     records = [record for job in plan.jobs if (record := ledger.find(job.fingerprint, job.repeat)) is not None]
     table = settings_table(records, metrics=plan.study.metrics if plan.study is not None else None)
     _keep(plan, table)

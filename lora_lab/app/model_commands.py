@@ -18,7 +18,7 @@ from lora_lab.adapters.save import load_adapter, save_adapter, save_model
 from lora_lab.app.compose import config_loader
 from lora_lab.app.interpolation import plain_mapping
 from lora_lab.app.ledger_commands import add_root, open_ledger
-from lora_lab.data.encode import prompt_ids
+from lora_lab.data.encode import prompt_ids, stop_ids
 from lora_lab.data.rows import Row
 from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.launch.device import choose_device
@@ -78,7 +78,8 @@ def _generate(arguments: Sequence[str]) -> int:
     trial, base, model = _load_run(record, cache=_cache(options), device=choose_device(options.device))
     row = Row.from_pair(options.prompt, "", source="prompt")
     ids = prompt_ids(row, base.tokenizer, trial.data.template)
-    text = generate(model, base.tokenizer, ids, max_new_tokens=options.max_new_tokens)
+    stops = stop_ids(base.tokenizer, trial.data.template)
+    text = generate(model, base.tokenizer, ids, max_new_tokens=options.max_new_tokens, stop_ids=stops).text
     print(json.dumps({"run": record.run_id, "prompt": options.prompt, "answer": text}) if options.json else text)
     return 0
 

@@ -4,28 +4,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lora_lab.data.encode import Encoded
+from lora_lab.data.rows import Row
+from lora_lab.evaluate.answers import write_answers
 from lora_lab.evaluate.harness import Scores, evaluate_model
 from lora_lab.evaluate.heldout import HeldoutScores, score_heldout
 from lora_lab.schema.evaluation import Evaluation
+from lora_lab.schema.trial import Trial
 
 HELDOUT_FILE = "heldout.jsonl"
 
 
 def score_model(
-    model: Any, tokenizer: Any, heldout: Sequence[Encoded], evaluation: Evaluation, *, cache: Path, output: Path
+    model: Any,
+    tokenizer: Any,
+    heldout: Sequence[Encoded],
+    rows: Sequence[Row],
+    trial: Trial,
+    *,
+    cache: Path,
+    output: Path,
 ) -> Scores:
-    """Scores `model` where it is; per-example files go to `output`.
+    """Scores `model` where it is; per-example files and sample answers go to `output`.
+
+    heldout, rows: the held-out rows, as tokens and as text.
 
     Raises:
         EvaluationError: a score is not finite, or lm-eval refuses.
     """
+    evaluation = trial.evaluation
     scores = evaluate_model(model, tokenizer, evaluation, cache=cache, output=output)
+    why = write_answers(model, tokenizer, rows, evaluation.answers, template=trial.data.template, output=output)
+    if why is not None:
+        scores = replace(scores, missing=scores.missing | {"answers": why})
     if not evaluation.heldout:
         return scores
     own = _score_heldout(model, tokenizer, heldout, evaluation)

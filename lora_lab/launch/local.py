@@ -11,13 +11,12 @@ import torch
 
 from lora_lab.launch.device import choose_device, gpu_facts
 from lora_lab.plan.job import Job
-from lora_lab.plan.steps import steps_of
 from lora_lab.record.atomic import make_folder
 from lora_lab.record.environment import environment
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Status
 from lora_lab.record.run_folder import RunFolder
-from lora_lab.report.progress import Progress
+from lora_lab.record.watcher import Watcher
 from lora_lab.runner import run_job
 from lora_lab.schema.trial import Lab
 
@@ -32,7 +31,7 @@ class Tally:
     left_out: int
 
 
-def run_jobs(jobs: Sequence[Job], ledger: Ledger, lab: Lab, *, cache: Path, progress: Progress) -> Tally:
+def run_jobs(jobs: Sequence[Job], ledger: Ledger, lab: Lab, *, cache: Path, watcher: Watcher) -> Tally:
     """Runs every job that has no final result yet.
 
     What another process holds is looked at once more when the rest is through: by then it may be done, or free again
@@ -47,31 +46,30 @@ def run_jobs(jobs: Sequence[Job], ledger: Ledger, lab: Lab, *, cache: Path, prog
     make_folder(cache)
     surroundings = environment(gpu_facts(device))
     todo = [job for job in jobs if not _is_done(ledger, job)]
-    progress.begin(len(todo))
+    watcher.begin(len(todo))
 
-    def attempt(index: int) -> Status | None:
-        return _run(index, todo[index], ledger, lab, surroundings, device=device, cache=cache, progress=progress)
+    def attempt(job: Job) -> Status | None:
+        return _run(job, ledger, lab, surroundings, device=device, cache=cache, watcher=watcher)
 
     ran = 0
-    held: list[int] = []
-    for index in range(len(todo)):
-        status = attempt(index)
+    held: list[Job] = []
+    for index, job in enumerate(todo):
+        status = attempt(job)
         ran += status is not None
         if status is None:
-            held.append(index)
+            held.append(job)
         elif lab.fail_fast and not status.is_final:
             return Tally(ran, len(jobs) - len(todo), (), len(todo) - index - 1)
     elsewhere: list[str] = []
-    for index in held:
-        status = attempt(index)
+    for job in held:
+        status = attempt(job)
         ran += status is not None
-        if status is None and not _is_done(ledger, todo[index]):
-            elsewhere.append(todo[index].name)
+        if status is None and not _is_done(ledger, job):
+            elsewhere.append(job.name)
     return Tally(ran, len(jobs) - len(todo), tuple(elsewhere), 0)
 
 
 def _run(
-    index: int,
     job: Job,
     ledger: Ledger,
     lab: Lab,
@@ -79,20 +77,16 @@ def _run(
     *,
     device: torch.device,
     cache: Path,
-    progress: Progress,
+    watcher: Watcher,
 ) -> Status | None:
     """Runs one job until it has a final result or the retries are used up; None where it is not ours to run."""
-    steps = steps_of(job.trial, job.train_rows)
     status = None
     for _ in range(1 + lab.launch.retries):
         folder = _claim(ledger, job, surroundings)
         if folder is None:
             break
         with folder:
-            progress.run_started(index, job.name, 0 if steps is None else steps.steps)
-            result = run_job(job, folder, device=device, cache=cache, listener=progress)
-            progress.run_finished(job.name, result.status, result.reason)
-        status = result.status
+            status = run_job(job, folder, device=device, cache=cache, watcher=watcher).status
         if status.is_final:
             break
     return status

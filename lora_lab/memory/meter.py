@@ -46,11 +46,14 @@ class MemoryMeter:
             self.missing[f"{name}_peak_rss_bytes"] = "this system keeps one peak for the whole process"
 
 
-def memory_now(device: torch.device) -> tuple[str, int]:
-    """What the device can tell at this moment, under its name: allocated bytes on CUDA, else the resident set."""
+def memory_now(device: torch.device) -> dict[str, int]:
+    """What the device can tell at this moment: allocated and reserved bytes on CUDA, else the resident set."""
     if device.type == "cuda":
-        return "allocated_bytes", torch.cuda.memory_allocated(device)
-    return "rss_bytes", int(psutil.Process().memory_info().rss)
+        return {
+            "allocated_bytes": torch.cuda.memory_allocated(device),
+            "reserved_bytes": torch.cuda.memory_reserved(device),
+        }
+    return {"rss_bytes": int(psutil.Process().memory_info().rss)}
 
 
 def process_peak_bytes() -> int:

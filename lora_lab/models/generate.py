@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 
-def generate(model: Any, tokenizer: Any, prompt_ids: Sequence[int], *, max_new_tokens: int) -> str:
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """`is_complete`: the model ended its turn itself, rather than at the limit of new tokens."""
+
+    text: str
+    is_complete: bool
+
+
+def generate(
+    model: Any, tokenizer: Any, prompt_ids: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]
+) -> Generated:
     """The text that follows `prompt_ids` (token ids of one prompt, no padding), without special tokens.
 
-    Works with a plain transformers model and with PEFT on it; the model is left in the mode it was in.
+    stop_ids: tokens that end it, see `data.encode.stop_ids`. Works with a plain transformers model and with PEFT on it;
+    the model is left in the mode it was in.
     """
     ids = torch.tensor([list(prompt_ids)], dtype=torch.long, device=model.device)
     was_training = model.training
@@ -29,8 +41,10 @@ def generate(model: Any, tokenizer: Any, prompt_ids: Sequence[int], *, max_new_t
                 top_k=None,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=list(stop_ids),
             )
     finally:
         model.train(was_training)
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    new = output[0, ids.shape[1] :]
+    is_complete = len(new) > 0 and int(new[-1]) in stop_ids
+    return Generated(str(tokenizer.decode(new, skip_special_tokens=True)), is_complete)

@@ -7,11 +7,13 @@ takes; until then it is unknown.
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
@@ -20,7 +22,9 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from lora_lab.record.result import Status
+from lora_lab.record.result import Result, Status
+from lora_lab.record.run_record import RunHeader
+from lora_lab.record.watcher import StepValues
 from lora_lab.report.grid import console_for, print_line
 from lora_lab.report.text import bytes_text, clean, number_text, seconds_text
 
@@ -40,6 +44,7 @@ class Progress:
         self._total = 0
         self._outcomes: dict[int, str] = {}  # by index of the run, so that one tried again counts once
         self._run_seconds: list[float] = []
+        self._order: dict[str, int] = {}
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -79,27 +84,32 @@ class Progress:
         self._run_seconds.clear()
         self._say(f"{total_runs} runs to do" if total_runs else "nothing to run")
 
-    def run_started(self, index: int, name: str, steps: int) -> None:
-        """Run `index` (from 0) begins; `steps` is 0 where nothing is trained or the number is not known."""
+    def run_started(self, header: RunHeader, folder: Path, *, steps: int) -> None:
+        """A run begins; `steps` is 0 where nothing is trained or the number is not known."""
+        name = header.name
+        index = self._order.setdefault(header.run_id, len(self._order))
         self._forget_run()
         self._index, self._name, self._steps = index, name, steps
         told = f", {steps} steps" if steps else ""
         self._say(f"[{index + 1}/{self._total}] {name} started{told}; time left: {self._left_text()}")
 
-    def phase(self, text: str) -> None:
+    def phase(self, run_id: str, text: str) -> None:
         """The run enters a phase: loading, training, scoring."""
         self._phase = text
         self._training_since = self._clock()
 
-    def step(self, step: int, loss: float, tokens_per_second: float, memory_bytes: float | None) -> None:
+    def step(self, run_id: str, step: int, values: StepValues) -> None:
         """An optimizer step is done."""
-        self._step, self._loss, self._speed, self._memory_bytes = step, loss, tokens_per_second, memory_bytes
+        self._step, self._loss = step, values["loss"]
+        self._speed = (values["tokens"] or 0) / (values["seconds"] or math.inf)
+        self._memory_bytes = values.get("allocated_bytes", values.get("rss_bytes"))
         if self._live is None and self._is_line_due():
             self._line_at, self._line_step = self._clock(), step
             self._say(f"  {clean(self._name or '')}: {self._step_text()}; time left: {self._left_text()}")
 
-    def run_finished(self, name: str, status: Status | str, text: str | None) -> None:
-        """The run ended; `text` is a score or a reason."""
+    def run_finished(self, header: RunHeader, folder: Path, result: Result) -> None:
+        """The run ended."""
+        name, status, text = header.name, result.status, result.reason
         seconds = self._clock() - self._started
         if self._name is not None and str(status) == Status.COMPLETED:
             self._run_seconds.append(seconds)

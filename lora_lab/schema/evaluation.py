@@ -25,6 +25,13 @@ class ProseTasks(Section):
     seed: Seed
 
 
+class SampleAnswers(Section):
+    """Greedy answers to the first held-out prompts, kept for people to read. rows: how many; 0 is none."""
+
+    rows: Natural
+    max_new_tokens: Count
+
+
 class Evaluation(Section):
     """Held-out loss and exact match, and lm-eval tasks by name.
 
@@ -34,6 +41,7 @@ class Evaluation(Section):
     """
 
     heldout: bool
+    answers: SampleAnswers
     tasks: Names
     engine: Literal["stock"]
     batch_size: Count

@@ -6,20 +6,30 @@ The step is left out of time, speed and the log: weights are restored, optimizer
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lora_lab.data.batches import collate
-from lora_lab.memory.live_bytes import LiveBytes, model_tensors
+from lora_lab.memory.live_bytes import LiveBytes, model_tensors, storage_bytes
 from lora_lab.models.loss_token_logits import loss_token_logits
 from lora_lab.optim.optimizers import state_tensors
 from lora_lab.train.loop import accumulate, clip
 from lora_lab.train.member import Member
 
 
-def probe_peak_bytes(model: nn.Module, member: Member, *, pad_id: int, device: torch.device) -> int:
-    """Live bytes at the peak of a step from the second one on: weights, optimizer state, gradients, activations.
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Live bytes at the peak of a step, and of the gradients at its end. What is neither weight, nor gradient, nor
+    optimizer state at the peak is activations and the temporaries of operations."""
+
+    peak_bytes: int
+    gradient_bytes: int
+
+
+def probe_step(model: nn.Module, member: Member, *, pad_id: int, device: torch.device) -> Probe:
+    """Counts a step as every one from the second on is: weights, optimizer state, gradients, activations.
 
     With several micro-batches a step the gradients of the earlier ones are alive already; so they are here.
     """
@@ -36,9 +46,9 @@ def probe_peak_bytes(model: nn.Module, member: Member, *, pad_id: int, device: t
         with LiveBytes(baseline) as counter, loss_token_logits(model) as head:
             accumulate(member, head, [batch], loss_tokens=int(batch.loss_mask.sum()))
             clip(member)
+            gradient_bytes = storage_bytes(_gradients(member))
             optimizer.step()
-        peak: int = counter.peak_bytes
-        return peak
+        return Probe(counter.peak_bytes, gradient_bytes)
     finally:
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from lora_lab.memory.live_bytes import LiveBytes, storage_bytes
 from lora_lab.memory.meter import MemoryMeter, memory_now
 from lora_lab.optim.optimizers import build_optimizer, state_tensors
-from lora_lab.train.probe import probe_peak_bytes
+from lora_lab.train.probe import probe_step
 from tests.conftest import MakeTrial
 from tests.parity.test_train_loop import build_member
 
@@ -83,15 +83,17 @@ def test_probe_changes_nothing_and_sees_checkpointing(make_trial: MakeTrial, cac
     plain, plain_member = build_member(make_trial(*shape), cache)
     saved, saved_member = build_member(make_trial(*shape, "training.gradient_checkpointing=sqrt"), cache)
     before = [parameter.detach().clone() for parameter in plain_member.parameters]
-    peak = probe_peak_bytes(plain, plain_member, pad_id=256, device=CPU)
+    probe = probe_step(plain, plain_member, pad_id=256, device=CPU)
+    peak = probe.peak_bytes
     assert all(torch.equal(a, b) for a, b in zip(before, plain_member.parameters, strict=True))
     assert not plain_member.optimizer.state
     assert plain_member.step == 0
     assert all(parameter.grad is None for parameter in plain_member.parameters)
     weights = storage_bytes(plain.parameters())
     adapter = storage_bytes(plain_member.parameters)
+    assert probe.gradient_bytes == adapter
     assert peak > weights + 3 * adapter  # gradients and two AdamW states come on top of the weights
-    assert probe_peak_bytes(saved, saved_member, pad_id=256, device=CPU) < 0.7 * peak
+    assert probe_step(saved, saved_member, pad_id=256, device=CPU).peak_bytes < 0.7 * peak
 
 
 @pytest.mark.parametrize(("kind", "bytes_per_parameter"), [("adamw", 8), ("sgd", 4), ("lion", 4), ("paged_adamw", 8)])
@@ -118,9 +120,9 @@ def test_meter_names_what_it_measured() -> None:
     meter = MemoryMeter(CPU)
     with meter.phase("load"):
         block = torch.zeros(30_000_000)
-    key, now = memory_now(CPU)
-    assert key == "rss_bytes"
-    assert now > 120_000_000
+    now = memory_now(CPU)
+    assert set(now) == {"rss_bytes"}
+    assert now["rss_bytes"] > 120_000_000
     if "load_peak_rss_bytes" in meter.missing:
         pytest.skip(meter.missing["load_peak_rss_bytes"])
     assert meter.measurements["load_peak_rss_bytes"] > block.untyped_storage().nbytes()

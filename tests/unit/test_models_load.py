@@ -85,15 +85,17 @@ def test_generation_is_greedy_and_leaves_the_mode(tmp_path: Path) -> None:
     base = load(tmp_path)
     base.model.train()
     prompt = base.tokenizer("hello")["input_ids"]
-    text = generate(base.model, base.tokenizer, prompt, max_new_tokens=5)
+    eos = base.tokenizer.eos_token_id
+    generated = generate(base.model, base.tokenizer, prompt, max_new_tokens=5, stop_ids=[eos])
     assert base.model.training
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(5):
             ids.append(int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] == base.tokenizer.eos_token_id:
+            if ids[-1] == eos:
                 break
-    assert text == base.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+    assert generated.is_complete == (ids[-1] == eos)
+    assert generated.text == base.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
 
 
 @pytest.mark.model
@@ -103,4 +105,5 @@ def test_the_embedded_model_speaks(make_trial: MakeTrial, cache: Path) -> None:
     assert base.facts["base_parameters"] == 134_515_008  # published
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert "Paris" in generate(base.model, base.tokenizer, prompt, max_new_tokens=12)
+    stops = [base.tokenizer.eos_token_id]
+    assert "Paris" in generate(base.model, base.tokenizer, prompt, max_new_tokens=12, stop_ids=stops).text

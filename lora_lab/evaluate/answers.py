@@ -1,0 +1,50 @@
+"""What a model answers to the first held-out prompts, to be read beside the numbers. Nothing is scored on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_lab.data.encode import prompt_ids, stop_ids
+from lora_lab.data.rows import Row
+from lora_lab.errors import DataError
+from lora_lab.models.generate import generate
+from lora_lab.schema.evaluation import SampleAnswers
+
+ANSWERS_FILE = "answers.jsonl"
+
+
+def write_answers(
+    model: Any, tokenizer: Any, rows: Sequence[Row], settings: SampleAnswers, *, template: str, output: Path
+) -> str | None:
+    """Greedy answers to the last turn of the first `settings.rows` rows with a prompt, one JSON line each.
+
+    A line has index (position among the held-out rows), prompt (the last user message), expected, answer, and
+    is_complete: false where `settings.max_new_tokens` ended it. Returns why there are none, or None.
+    """
+    chosen = [(index, row) for index, row in enumerate(rows) if row.messages is not None][: settings.rows]
+    if not chosen:
+        return "the held-out rows are plain text, without prompts" if settings.rows else "not asked for"
+    stops = stop_ids(tokenizer, template)
+    lines = []
+    for index, row in chosen:
+        try:
+            ids = prompt_ids(row, tokenizer, template)
+        except DataError as error:
+            return str(error)
+        text = generate(model, tokenizer, ids, max_new_tokens=settings.max_new_tokens, stop_ids=stops)
+        lines.append(
+            {
+                "index": index,
+                "prompt": row.content[-2][1],
+                "expected": row.answer,
+                "answer": text.text,
+                "is_complete": text.is_complete,
+            }
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    text_lines = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+    (output / ANSWERS_FILE).write_text(text_lines, encoding="utf-8")
+    return None

@@ -1,0 +1,66 @@
+"""Who watches runs go by: the terminal, W&B, the page. What they show is what the ledger holds; they can be left out.
+
+Several runs may be open at once in one process, so every call names its run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from lora_lab.record.result import Result
+from lora_lab.record.run_record import RunHeader
+
+StepValues = Mapping[str, float | int | None]
+
+
+class Watcher(Protocol):
+    """Told what happens, after it is in the ledger. No method may raise, or take time that matters beside a step."""
+
+    def begin(self, total_runs: int) -> None:
+        """A sweep of that many runs begins; those already done are not among them."""
+
+    def run_started(self, header: RunHeader, folder: Path, *, steps: int) -> None:
+        """An attempt at a run begins. `steps` is 0 where nothing is trained or the number is not known."""
+
+    def phase(self, run_id: str, text: str) -> None:
+        """The run enters a phase: loading, measuring memory, training, saving, scoring."""
+
+    def step(self, run_id: str, step: int, values: StepValues) -> None:
+        """A step is done; `values` as in the step log."""
+
+    def run_finished(self, header: RunHeader, folder: Path, result: Result) -> None:
+        """The attempt has ended, and its result is on disk."""
+
+
+class Watchers:
+    """Several watchers as one."""
+
+    def __init__(self, watchers: Sequence[Watcher]) -> None:
+        self._watchers = tuple(watchers)
+
+    def begin(self, total_runs: int) -> None:
+        """See `Watcher.begin`."""
+        for one in self._watchers:
+            one.begin(total_runs)
+
+    def run_started(self, header: RunHeader, folder: Path, *, steps: int) -> None:
+        """See `Watcher.run_started`."""
+        for one in self._watchers:
+            one.run_started(header, folder, steps=steps)
+
+    def phase(self, run_id: str, text: str) -> None:
+        """See `Watcher.phase`."""
+        for one in self._watchers:
+            one.phase(run_id, text)
+
+    def step(self, run_id: str, step: int, values: StepValues) -> None:
+        """See `Watcher.step`."""
+        for one in self._watchers:
+            one.step(run_id, step, values)
+
+    def run_finished(self, header: RunHeader, folder: Path, result: Result) -> None:
+        """See `Watcher.run_finished`."""
+        for one in self._watchers:
+            one.run_finished(header, folder, result)
