@@ -9,15 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_lab.errors import DataError, InputError, Problem, nearest
-from lora_lab.record.atomic import read_json, write_text
+from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.record.atomic import write_text
 from lora_lab.record.export import rows_of, to_csv, to_json, to_parquet
 from lora_lab.record.ledger import Ledger, RunRecord
 from lora_lab.record.result import Status
+from lora_lab.record.study_folder import read_study
 from lora_lab.report.terminal import print_comparison, print_runs
 from lora_lab.study.compare import compare_runs
-
-STUDY_RUNS_FILE = "runs.json"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,9 +47,8 @@ def _runs(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="file to write (needed for parquet; default: standard output)")
     parser.add_argument("--json", action="store_true", help="short for --format json")
     options = parser.parse_args(arguments)
-    records = open_ledger(options.root).runs()
-    if options.study is not None:
-        records = _of_study(records, options.root, options.study)
+    ledger = open_ledger(options.root)
+    records = ledger.runs() if options.study is None else read_study(options.root, options.study).records(ledger)
     if options.status is not None:
         records = _of_status(records, options.status)
     chosen = "json" if options.json else options.format
@@ -59,19 +57,6 @@ def _runs(arguments: Sequence[str]) -> int:
         return 0
     _export(records, chosen, options.output)
     return 0
-
-
-def _of_study(records: Sequence[RunRecord], root: Path, study: str) -> list[RunRecord]:
-    known = sorted(folder.parent.name for folder in (root / "studies").glob(f"*/{STUDY_RUNS_FILE}"))
-    if study not in known:
-        raise InputError(Problem("--study", f'no study "{study}" has been run here' + nearest(study, known)))
-    path = root / "studies" / study / STUDY_RUNS_FILE
-    content = read_json(path)
-    listed = content.get("runs") if isinstance(content, dict) else None
-    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-        raise DataError(Problem(str(path), 'damaged: expected {"runs": [names]}; run the study again to mend it'))
-    wanted = set(listed)
-    return [record for record in records if record.run_id in wanted]
 
 
 def _of_status(records: Sequence[RunRecord], status: str) -> list[RunRecord]:

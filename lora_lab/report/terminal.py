@@ -17,14 +17,15 @@ from lora_lab.report.grid import Column, Grid, console_for, print_grid, print_li
 from lora_lab.report.text import (
     UNKNOWN,
     bytes_text,
+    cell_text,
     count_text,
     interval_text,
     number_text,
-    points_text,
     seconds_text,
+    value_text,
 )
 from lora_lab.study.compare import Comparison
-from lora_lab.study.table import Cell, MetricColumn, SettingRow, SettingsTable
+from lora_lab.study.table import MetricColumn, SettingRow, SettingsTable
 
 _FIRST_METRIC = "heldout/loss"
 _PEAK, _TIME = "peak_allocated_bytes", "train_seconds"
@@ -135,17 +136,11 @@ def _setting_cells(row: SettingRow, columns: Sequence[MetricColumn]) -> tuple[st
     return (
         row.name,
         str(row.completed) if row.completed == row.runs else f"{row.completed} of {row.runs}",
-        *(_cell_text(row.cells[column.name]) for column in columns),
+        *(cell_text(row.cells[column.name]) for column in columns),
         count_text(row.trainable_parameters),
         bytes_text(row.cost.get(_PEAK)),
         seconds_text(row.cost.get(_TIME)),
     )
-
-
-def _cell_text(cell: Cell) -> str:
-    if cell.interval is not None:
-        return interval_text(cell.interval.mean, cell.interval.half_width)
-    return points_text([point.value for point in cell.points]) or UNKNOWN
 
 
 def _print_legend(console: Console, table: SettingsTable) -> None:
@@ -183,7 +178,7 @@ def print_comparison(comparison: Comparison, *, as_json: bool = False, stream: T
         print_line(console, f"{side}: {record.run_id} {record.name} {record.state}", style="bold")
     for note in comparison.notes:
         print_line(console, f"note: {note}", style="yellow")
-    rows = tuple((key, _value_text(a), _value_text(b)) for key, (a, b) in comparison.configuration.items())
+    rows = tuple((key, value_text(a), value_text(b)) for key, (a, b) in comparison.configuration.items())
     if rows:
         print_grid(console, Grid((Column("key"), Column("a"), Column("b")), rows))
     else:
@@ -192,10 +187,6 @@ def print_comparison(comparison: Comparison, *, as_json: bool = False, stream: T
     _print_paired(console, comparison)
     for name, reason in comparison.missing.items():
         print_line(console, f"no {name}: {reason}", style="dim")
-
-
-def _value_text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _print_metrics(console: Console, comparison: Comparison) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
 from collections.abc import Sequence
+
+from lora_lab.study.table import Cell
 
 _ESCAPES = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # operating system commands: titles, links
@@ -20,6 +23,8 @@ UNKNOWN = "-"
 
 def clean(text: str) -> str:
     """`text` on one line, without escape sequences, control characters and invisible direction marks."""
+    if text.isascii() and text.isprintable():
+        return text
     visible = _ESCAPES.sub("", text)
     spaced = (" " if character in "\n\r\t" else character for character in visible)
     return "".join(character for character in spaced if unicodedata.category(character) not in ("Cc", "Cf", "Cs"))
@@ -57,7 +62,7 @@ def seconds_text(value: float | None) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def count_text(value: int | None) -> str:
+def count_text(value: float | None) -> str:
     """`4,194,304`."""
     return UNKNOWN if value is None else f"{value:,}"
 
@@ -75,6 +80,18 @@ def interval_text(mean: float, half_width: float) -> str:
     decimals = -exponent + (half_width / 10**exponent < 2)
     decimals = min(max(decimals, 0), 12)
     return f"{mean:.{decimals}f} ± {half_width:.{decimals}f}"
+
+
+def cell_text(cell: Cell) -> str:
+    """A setting's score: mean and interval, or the points where there is no interval."""
+    if cell.interval is not None:
+        return interval_text(cell.interval.mean, cell.interval.half_width)
+    return points_text([point.value for point in cell.points]) or UNKNOWN
+
+
+def value_text(value: object) -> str:
+    """A value of a configuration."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def points_text(values: Sequence[float]) -> str:

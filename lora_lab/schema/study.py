@@ -72,7 +72,7 @@ class Grid(Section):
     Written in a study file as `{rank: [2, 8], zip: {alpha: [1, 2], dropout: [0.0, 0.1]}}`; their order is kept.
     """
 
-    dimensions: tuple[Axes, ...]
+    dimensions: Annotated[tuple[Axes, ...], BeforeValidator(_as_tuple)]
 
     @model_validator(mode="before")
     @classmethod

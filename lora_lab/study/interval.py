@@ -44,6 +44,11 @@ def t_quantile(degrees_of_freedom: int) -> float:
     return float(special.stdtrit(degrees_of_freedom, 0.5 + CONFIDENCE / 2))
 
 
+def normal_half_width(standard_error: float) -> float:
+    """Half width of a 95 % interval from a standard error over many examples, by the normal approximation."""
+    return float(special.ndtri(0.5 + CONFIDENCE / 2)) * standard_error
+
+
 def t_interval(values: Sequence[float]) -> Interval:
     """Mean and 95 % interval by Student's t with n - 1 degrees of freedom (Student 1908).
 

@@ -2,7 +2,7 @@
 
 A task's samples are in `samples_<task>.jsonl` or, as lm-eval's command writes them, `samples_<task>_<date>.jsonl`, at
 any depth below the folder; of several dates the newest counts. A line has doc_id, doc_hash, filter and one value per
-metric. The held-out rows are in `heldout.jsonl`.
+metric. The held-out rows are in `heldout.jsonl`, answers to the first of them in `answers.jsonl`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lora_lab.errors import DataError, Problem
 
 _SAMPLES_FILE = re.compile(r"samples_(?P<task>.+?)(?:_(?P<date>\d{4}-\d{2}-\d{2}T[^_]*))?\.jsonl")
 HELDOUT_FILE = "heldout.jsonl"
+ANSWERS_FILE = "answers.jsonl"
 _NO_FILTER = "none"
 
 
@@ -42,6 +43,16 @@ class HeldoutRow:
     loss_nats: float
     loss_tokens: int
     exact_match: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a run's model answered to a held-out prompt. `is_complete`: it ended its turn itself."""
+
+    prompt: str
+    expected: str
+    answer: str
+    is_complete: bool
 
 
 def samples_files(folder: Path) -> dict[str, Path]:
@@ -93,6 +104,25 @@ def read_heldout(folder: Path) -> list[HeldoutRow] | None:
     if not path.is_file():
         return None
     return [_heldout_row(line, where) for line, where in _lines(path)]
+
+
+def read_answers(folder: Path) -> list[Answer]:
+    """The sample answers of a run; none where it kept none.
+
+    Raises:
+        DataError: a line is damaged; `where` is `path:line`.
+    """
+    path = folder / ANSWERS_FILE
+    if not path.is_file():
+        return []
+    answers = []
+    for line, where in _lines(path):
+        texts = [line.get(name) for name in ("prompt", "expected", "answer")]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(Problem(where, "not a sample answer: prompt, expected and answer must be texts"))
+        prompt, expected, answer = map(str, texts)
+        answers.append(Answer(prompt, expected, answer, line.get("is_complete") is True))
+    return answers
 
 
 def _heldout_row(line: dict[str, Any], where: str) -> HeldoutRow:

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_lab.record.flat import dotted
+from lora_lab.schema.method import Method
 
 # The keys whose values make trials of one setting differ.
 _SEEDS = re.compile(r"seed|seeds\..*")
+_OF_ADAPTER = re.compile(r"(rank|alpha|dropout)$|target\.")
 _OF_BASE = re.compile(r"(model|method|quantization|data|evaluation)\.|training\.precision$")
 _SEED_IN_NAME = re.compile(r"-s\d+$")
 ABSENT = "(absent)"
@@ -21,9 +23,14 @@ def is_base(trial: Mapping[str, Any]) -> bool:
 
 
 def setting_values(trial: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys of a trial without its seeds; of an untouched base only what it depends on."""
+    """Dotted keys of a trial without its seeds, and without what its method does not use: of an untouched base only
+    what it depends on, of full fine-tuning nothing of an adapter's."""
     flat = {key: value for key, value in dotted(trial).items() if not _SEEDS.fullmatch(key)}
-    return {key: value for key, value in flat.items() if _OF_BASE.match(key)} if is_base(trial) else flat
+    if is_base(trial):
+        return {key: value for key, value in flat.items() if _OF_BASE.match(key)}
+    if not Method.model_construct(kind=trial["method"]["kind"]).has_adapter:
+        return {key: value for key, value in flat.items() if not _OF_ADAPTER.match(key)}
+    return flat
 
 
 def varying_keys(values: Sequence[Mapping[str, Any]]) -> list[str]:

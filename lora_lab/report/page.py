@@ -1,0 +1,152 @@
+"""The report page: one self-contained HTML file about a study, or about the whole ledger.
+
+Everything is computed and written as text here; the page's own script only sorts, draws and shows. Untrusted text
+(names, reasons, what a model wrote) goes through the template's escaping or into JSON blocks, from which the script
+sets it as text. A content security policy lets nothing but the two scripts run, which are known by hash, and nothing
+be fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from lora_lab import __version__
+from lora_lab.record.atomic import write_text
+from lora_lab.record.environment import utc_now
+from lora_lab.report.page_figures import families
+from lora_lab.report.page_runs import RUN_COLUMNS, run_blocks, run_rows
+from lora_lab.report.page_settings import settings_data, table_view
+from lora_lab.report.page_words import METHOD, effects_view, facts, sections
+from lora_lab.report.sentence import answer_sentence
+from lora_lab.schema.study import Source
+from lora_lab.study.findings import Findings
+
+_STATIC = Path(__file__).parent / "static"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a page is about. `planned`: runs that were asked for, begun or not; None where nobody said."""
+
+    title: str
+    question: str
+    source: Source | None
+    planned: int | None
+    ledger: Path
+
+
+def write_page(path: Path, subject: Subject, findings: Findings) -> None:
+    """Draws the page and puts it in place of the earlier one, whole.
+
+    Links to the runs' files are relative, so the page works wherever the lab's folder is moved to.
+
+    Raises:
+        MachineError: the disk refuses.
+    """
+    write_text(path, draw_page(subject, findings, folder=path.parent))
+
+
+def draw_page(subject: Subject, findings: Findings, *, folder: Path) -> str:
+    """The page as HTML. `folder`: where it will be, for the links to the runs' files."""
+    records = findings.records
+    folders = {record.run_id: _link(record.folder, folder) for record in records}
+    table = findings.table
+    primary = table.columns[0].name if table.columns else None
+    drawn = families(findings)
+    figures = {f"figures-{family.id}": family.figures for family in drawn}
+    blocks = {
+        "settings-data": settings_data(table, records, folders),
+        **run_blocks(records, folders, [column.name for column in table.columns]),
+        **figures,
+    }
+    page: dict[str, Any] = {
+        "title": subject.title,
+        "kicker": f"Study {subject.title}" if subject.planned is not None else "Every run of the ledger",
+        "question": subject.question,
+        "answer": answer_sentence(findings.answer),
+        "source": _source(subject.source),
+        "facts": facts(findings, planned=subject.planned),
+        "table": table_view(table),
+        "effects": effects_view(findings),
+        "families": [family.to_view() for family in drawn],
+        "runs": run_rows(records, primary),
+        "run_columns": [
+            {**column, "title": primary or "score"} if column["title"] == "score" else column for column in RUN_COLUMNS
+        ],
+        "method": METHOD,
+        "ledger": subject.ledger.name,
+        "drawn_at": utc_now()[:16].replace("T", " ") + " UTC",
+    }
+    page["sections"] = sections(page)
+    return _rendered(page, blocks)
+
+
+def _link(target: Path, folder: Path) -> str:
+    """A relative address that ends with a slash."""
+    return Path(os.path.relpath(target, folder)).as_posix() + "/"
+
+
+def _source(source: Source | None) -> dict[str, str | None] | None:
+    if source is None or not (source.title or source.url):
+        return None
+    is_web = source.url is not None and source.url.startswith(("https://", "http://"))
+    return {"title": source.title or source.url, "url": source.url if is_web else None, "notes": source.notes}
+
+
+def _rendered(page: Mapping[str, Any], blocks: Mapping[str, Any]) -> str:
+    plotly, script = _plotly(), _static("page.js")
+    text: str = _template().render(
+        page=page,
+        version=__version__,
+        css=_trusted(_static("page.css")),
+        script_hashes=" ".join([_hash(plotly), _hash(script)]),
+        plotly=_trusted(plotly),
+        script=_trusted(script),
+        blocks=[{"id": name, "text": _trusted(_json(value))} for name, value in blocks.items()],
+    )
+    return text
+
+
+def _json(value: object) -> str:
+    """JSON that cannot end the script element it stands in."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _trusted(text: str) -> Markup:
+    """Text of our own, or already made safe, which the template is not to escape."""
+    return Markup(text)
+
+
+def _hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+@cache
+def _static(name: str) -> str:
+    return (_STATIC / name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly() -> str:
+    """Plotly's own script, as its package carries it (4.8 MB)."""
+    from plotly.offline import get_plotlyjs
+
+    script: str = get_plotlyjs()
+    return script
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(_static("page.html.j2"))

@@ -1,0 +1,197 @@
+"""The table of settings as the page shows it: texts, sort keys, and a mark in each cell for mean and interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_lab.record.run_record import RunRecord
+from lora_lab.report.text import bytes_text, cell_text, clean, count_text, number_text, seconds_text, value_text
+from lora_lab.study.table import Cell, MetricColumn, SettingRow, SettingsTable
+
+# What a setting costs, as columns: key, title, how it is written.
+COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("trainable_parameters", "trainable", count_text),
+    ("peak_allocated_bytes", "peak memory", bytes_text),
+    ("train_seconds", "train time", seconds_text),
+    ("tokens_per_second", "tokens/s", lambda value: "-" if value is None else f"{value:,.0f}"),
+)
+SETTING_DIGITS = 12
+# Colour-blind safe (Paul Tol, "bright"), readable on light and dark.
+PALETTE = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#EE8866", "#999933", "#882255", "#44AA99")
+BASE_COLOUR = "#8A8F98"
+
+
+def setting_id(row: SettingRow) -> str:
+    """Short name of a setting inside a page; twelve digits of its fingerprint."""
+    return row.setting[:SETTING_DIGITS]
+
+
+def colours_of(table: SettingsTable) -> dict[str, str]:
+    """One colour per setting fingerprint, the same in every figure; untouched bases are grey."""
+    trained = [row.setting for row in table.rows if not row.is_base]
+    colours = {setting: PALETTE[index % len(PALETTE)] for index, setting in enumerate(trained)}
+    return colours | {row.setting: BASE_COLOUR for row in table.rows if row.is_base}
+
+
+def cost_value(row: SettingRow, key: str) -> float | int | None:
+    """A cost of a setting by name; None where it was not measured."""
+    return row.trainable_parameters if key == "trainable_parameters" else row.cost.get(key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """Where a value stands between the ends of its column, in percent."""
+
+    low: float
+    high: float
+
+    def place(self, value: float) -> float:
+        span = self.high - self.low
+        return round(50.0 if span <= 0 else 4 + 92 * (value - self.low) / span, 1)
+
+
+def table_view(table: SettingsTable) -> dict[str, Any]:
+    """Columns, rows and notes for the template."""
+    colours = colours_of(table)
+    scales = {column.name: _scale([row.cells[column.name] for row in table.rows]) for column in table.columns}
+    best = {column.name: _best(table.rows, column) for column in table.columns}
+    return {
+        "columns": [_heading("seeds", "", "completed runs"), *map(_metric_heading, table.columns), *_headings()],
+        "rows": [
+            {
+                "id": setting_id(row),
+                "name": clean(row.name),
+                "is_base": row.is_base,
+                "colour": colours[row.setting],
+                "cells": [
+                    _seeds_cell(row),
+                    *(
+                        _metric_cell(row.cells[c.name], scales[c.name], is_best=row.setting == best[c.name])
+                        for c in table.columns
+                    ),
+                    *(_cost_cell(row, key, write) for key, _, write in COSTS),
+                ],
+            }
+            for row in table.rows
+        ],
+        "legend": _legend(table),
+        "notes": _notes(table),
+    }
+
+
+def _headings() -> list[dict[str, Any]]:
+    return [_heading(title, "", key.replace("_", " ")) for key, title, _ in COSTS]
+
+
+def _heading(title: str, unit: str, hint: str) -> dict[str, Any]:
+    return {"title": title, "unit": unit, "hint": hint, "arrow": "", "direction": ""}
+
+
+def _metric_heading(column: MetricColumn) -> dict[str, Any]:
+    chance = "" if column.chance is None else f"; chance {number_text(column.chance)}"
+    return {
+        **_heading(clean(column.name), clean(column.unit), f"{clean(column.name)} in {clean(column.unit)}{chance}"),
+        "arrow": "↑" if column.higher_is_better else "↓",
+        "direction": "higher is better" if column.higher_is_better else "lower is better",
+    }
+
+
+def _scale(cells: Sequence[Cell]) -> _Scale:
+    ends: list[float] = []
+    for cell in cells:
+        ends += [point.value for point in cell.points]
+        if cell.interval is not None:
+            ends += [cell.interval.low, cell.interval.high]
+    return _Scale(min(ends, default=0.0), max(ends, default=0.0))
+
+
+def _best(rows: Sequence[SettingRow], column: MetricColumn) -> str | None:
+    """The setting with the best mean; it says nothing about whether the difference is established."""
+    means = [(cell.mean, row.setting) for row in rows if (cell := row.cells[column.name]).mean is not None]
+    if len(means) < 2:
+        return None
+    return (max if column.higher_is_better else min)(means)[1]
+
+
+def _plain(text: str, sort: float | int | None, *, hint: str = "", is_missing: bool = False) -> dict[str, Any]:
+    return {"text": text, "sort": sort, "hint": hint, "missing": is_missing, "best": False, "mark": None}
+
+
+def _seeds_cell(row: SettingRow) -> dict[str, Any]:
+    text = str(row.completed) if row.completed == row.runs else f"{row.completed} of {row.runs}"
+    return _plain(text, row.completed, hint=", ".join(f"{count} {name}" for name, count in row.statuses.items()))
+
+
+def _metric_cell(cell: Cell, scale: _Scale, *, is_best: bool) -> dict[str, Any]:
+    if cell.mean is None:
+        return _plain("-", None, hint=clean(cell.missing or ""), is_missing=True)
+    interval = cell.interval
+    points = ", ".join(number_text(point.value) for point in cell.points)
+    return {
+        **_plain(cell_text(cell), cell.mean, hint=f"{len(cell.points)} seeds: {points}"),
+        "best": is_best,
+        "mark": {
+            "low": None if interval is None else scale.place(max(interval.low, scale.low)),
+            "high": None if interval is None else scale.place(min(interval.high, scale.high)),
+            "points": [scale.place(cell.mean)] if interval else [scale.place(point.value) for point in cell.points],
+        },
+    }
+
+
+def _cost_cell(row: SettingRow, key: str, write: Any) -> dict[str, Any]:
+    value = cost_value(row, key)
+    return _plain(write(value), value, hint=clean(row.missing.get(key, "")), is_missing=value is None)
+
+
+def _legend(table: SettingsTable) -> str:
+    parts = ["Mean ± half of the 95 % t interval over seeds; with fewer than three seeds the points."]
+    if any(row.is_base for row in table.rows):
+        parts.append("The untouched base comes first.")
+    return " ".join(parts)
+
+
+def _notes(table: SettingsTable) -> list[str]:
+    notes = [f"Not in a mean: {clean(reason)}" for row in table.rows for reason in row.reasons]
+    return [*notes, *(f"Cannot be read: {clean(problem)}" for problem in table.problems)]
+
+
+def settings_data(table: SettingsTable, records: Sequence[RunRecord], folders: Mapping[str, str]) -> dict[str, Any]:
+    """What the page of one setting shows: its runs with their scores, its means, and its values of the axes."""
+    by_setting: dict[str, list[RunRecord]] = {}
+    for record in records:
+        by_setting.setdefault(str(record.setting), []).append(record)
+    titles = [clean(column.name) for column in table.columns]
+    return {
+        setting_id(row): {
+            "name": clean(row.name),
+            "titles": [*titles, *(title for _, title, _ in COSTS)],
+            "runs": [
+                {
+                    "id": record.run_id,
+                    "name": clean(record.name),
+                    "state": str(record.state),
+                    "folder": folders[record.run_id],
+                    "values": _run_values(record, table.columns),
+                }
+                for record in by_setting.get(row.setting, [])
+            ],
+            "means": [[title, cell_text(row.cells[c.name])] for title, c in zip(titles, table.columns, strict=True)],
+            "axes": [[clean(key), clean(value_text(value))] for key, value in row.axes.items()],
+            "notes": [clean(reason) for reason in row.reasons],
+        }
+        for row in table.rows
+    }
+
+
+def _run_values(record: RunRecord, columns: Sequence[MetricColumn]) -> list[str | None]:
+    result = record.result
+    if result is None:
+        return [None] * (len(columns) + len(COSTS))
+    scores = [result.metrics.get(column.name) for column in columns]
+    costs = {"trainable_parameters": result.trainable_parameters, **result.measurements}
+    return [
+        *(None if score is None else number_text(score.value) for score in scores),
+        *(None if costs.get(key) is None else write(costs[key]) for key, _, write in COSTS),
+    ]

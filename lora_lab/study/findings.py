@@ -1,0 +1,47 @@
+"""All that a study has found so far, from its runs: what the page, the notebook and `report --json` show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_lab.record.run_record import RunRecord
+from lora_lab.study.answer import Answer, answer_of
+from lora_lab.study.axes import SweptAxes, swept_axes
+from lora_lab.study.effects import Effect, effects_of
+from lora_lab.study.table import SettingsTable, settings_table
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """`effects`: of every axis on every metric of the table, the primary metric's first."""
+
+    records: tuple[RunRecord, ...]
+    table: SettingsTable
+    axes: SweptAxes
+    effects: tuple[Effect, ...]
+    answer: Answer
+
+    def to_json(self) -> dict[str, Any]:
+        """Table, axes, effects and answer; the runs by their ids."""
+        return {
+            "runs": [record.run_id for record in self.records],
+            "answer_parts": self.answer.to_json(),
+            "table": self.table.to_json(),
+            "axes": self.axes.to_json(),
+            "effects": [effect.to_json() for effect in self.effects],
+        }
+
+
+def findings_of(records: Iterable[RunRecord], *, metrics: Sequence[str] | None) -> Findings:
+    """What these runs say; `metrics` as in `settings_table`, the first of them is the primary one.
+
+    Raises:
+        InputError: the runs cannot stand in one table.
+    """
+    every = tuple(records)
+    table = settings_table(every, metrics=metrics)
+    axes = swept_axes(every)
+    effects = tuple(effect for column in table.columns for effect in effects_of(table, axes, column.name))
+    return Findings(every, table, axes, effects, answer_of(table, effects))

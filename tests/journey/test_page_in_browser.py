@@ -1,0 +1,95 @@
+"""The page in a real browser: what its script makes of the data, at two widths. Skipped where there is no Chromium."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lora_lab.app.cli import main
+from tests.page_ledger import HOSTILE, fill, fill_hostile
+from tests.unit.test_report_page import Page
+
+BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+
+
+def opened(path: Path, fragment: str = "", *, width: int = 1400) -> tuple[Page, str]:
+    """The document after its scripts have run, and what the console said."""
+    done = subprocess.run(
+        [
+            str(BROWSER),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            f"--user-data-dir={path.parent / 'profile'}",
+            f"--window-size={width},4000",
+            "--virtual-time-budget=8000",
+            "--dump-dom",
+            f"file://{path}{fragment}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    console = "\n".join(line for line in done.stderr.splitlines() if ":CONSOLE" in line)
+    return Page(done.stdout), console
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a ledger with two axes."""
+    root = tmp_path_factory.mktemp("lab")
+    fill(root, ranks=[2, 8], rates=[1e-3, 2e-3], seeds=[0, 1, 2])
+    assert main(["report", "--root", str(root)]) == 0
+    return root / "report.html"
+
+
+@pytest.mark.parametrize("width", [1400, 500])
+def test_every_figure_is_drawn_and_nothing_is_complained_of(page: Path, width: int) -> None:
+    document, console = opened(page, width=width)
+    assert console == ""
+    plots = [element for element in document.all("div") if "js-plotly-plot" in str(element.get("class"))]
+    assert len(plots) == 4, "curves, cost, two axes, memory"
+    assert document.text.count("learning_rate") >= 2
+
+
+def test_the_page_of_a_run(page: Path) -> None:
+    run_id = re.findall(r'id="run-data-([0-9a-f]+)"', page.read_text())[3]
+    document, console = opened(page, f"#run-{run_id}")
+    assert console == ""
+    assert run_id in document.text and "Sample answers" in document.text
+    links = [str(link["href"]) for link in document.all("a") if str(link["href"]).startswith("runs/")]
+    assert f"runs/{run_id}/result.json" in links
+    assert all((page.parent / link).is_file() for link in links)
+    assert any("js-plotly-plot" in str(element.get("class")) for element in document.all("div"))
+
+
+def test_the_page_of_a_setting(page: Path) -> None:
+    setting = re.findall(r'href="#setting-([0-9a-f]+)"', page.read_text())[-1]
+    document, console = opened(page, f"#setting-{setting}")
+    assert console == ""
+    assert "Mean over seeds" in document.text and "What sets it apart" in document.text
+    assert "[object" not in document.text
+
+
+def test_an_address_that_leads_nowhere(page: Path) -> None:
+    document, console = opened(page, "#run-<script>")
+    assert console == ""
+    assert "This page holds no run <script>." in document.text
+
+
+def test_hostile_texts_do_nothing(tmp_path: Path) -> None:
+    fill_hostile(tmp_path)
+    assert main(["report", "--root", str(tmp_path)]) == 0
+    path = tmp_path / "report.html"
+    for fragment in ["", *(f"#run-{one}" for one in re.findall(r'id="run-data-([0-9a-f]+)"', path.read_text())[:1])]:
+        document, console = opened(path, fragment)
+        assert console == "", "not even an attempt that the content security policy had to stop"
+        assert all("data-owned" not in attributes for attributes in document.all("html"))
+    assert any(text in document.text for text in HOSTILE)
