@@ -15,7 +15,7 @@ from lora_lab.record.study_folder import StudyRecord, page_path, read_study
 from lora_lab.report.page import Subject, write_page
 from lora_lab.report.sentence import answer_sentence
 from lora_lab.schema.study import Study
-from lora_lab.study.findings import Findings, findings_of
+from lora_lab.study.findings import Findings, findings_of, study_findings
 
 _FIRST_METRIC = "heldout/loss"
 
@@ -57,8 +57,7 @@ def _view(ledger: Ledger, asked: StudyRecord | None) -> tuple[Subject, Findings]
 
 def study_view(ledger: Ledger, asked: StudyRecord) -> tuple[Subject, Findings]:
     """A study and what was found so far; raises InputError where its runs cannot stand in one table."""
-    metrics = asked.study.metrics if asked.study is not None else ()
-    return _subject(asked, ledger), findings_of(asked.records(ledger), metrics=metrics or None)
+    return _subject(asked, ledger), study_findings(asked, ledger)
 
 
 def _subject(asked: StudyRecord, ledger: Ledger) -> Subject:

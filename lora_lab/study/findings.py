@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lab.record.ledger import Ledger
 from lora_lab.record.run_record import RunRecord
+from lora_lab.record.study_folder import StudyRecord
 from lora_lab.study.answer import Answer, answer_of
 from lora_lab.study.axes import SweptAxes, swept_axes
 from lora_lab.study.effects import Effect, effects_of
@@ -32,6 +34,12 @@ class Findings:
             "axes": self.axes.to_json(),
             "effects": [effect.to_json() for effect in self.effects],
         }
+
+
+def study_findings(asked: StudyRecord, ledger: Ledger) -> Findings:
+    """What a study has found so far, by the metrics that its file names; raises as `findings_of`."""
+    metrics = asked.study.metrics if asked.study is not None else ()
+    return findings_of(asked.records(ledger), metrics=metrics or None)
 
 
 def findings_of(records: Iterable[RunRecord], *, metrics: Sequence[str] | None) -> Findings:

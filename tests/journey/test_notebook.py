@@ -1,0 +1,44 @@
+"""The notebook runs from its first cell to its last on a small ledger, and is committed without outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from lora_lab.record.ledger import Ledger
+from lora_lab.record.study_folder import begin_study, read_study
+from lora_lab.report.sentence import answer_sentence
+from lora_lab.schema.study import study_from
+from lora_lab.study.findings import study_findings
+from tests.journey.program import CHECKOUT, process_environment
+from tests.page_ledger import fill
+
+NOTEBOOK = CHECKOUT / "notebooks" / "first_look.ipynb"
+
+
+def test_it_is_committed_without_outputs() -> None:
+    cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    assert cells and all(not cell.outputs and cell.execution_count is None for cell in cells)
+
+
+def test_it_runs_on_a_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "lab"
+    fill(root, ranks=[2, 8], rates=[1e-3, 2e-3], seeds=[0, 1, 2])
+    run_ids = [record.run_id for record in Ledger(root).runs()]
+    content = {"question": "Does the rank matter?", "grids": [{"rank": [2, 8]}], "metrics": ["heldout/loss"]}
+    begin_study(root, study_from(content, name="first_look"), run_ids)
+    monkeypatch.setenv("LORA_LAB_ROOT", str(root))
+    monkeypatch.setenv("PYTHONPATH", process_environment()["PYTHONPATH"])
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    findings = study_findings(read_study(root, "first_look"), Ledger(root))
+    assert "Does the rank matter?" in printed
+    assert answer_sentence(findings.answer) in printed
+    figures = [output for output in outputs if "application/vnd.plotly.v1+json" in output.get("data", {})]
+    assert len(figures) == 4, "curves, cost, memory, two axes"
