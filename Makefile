@@ -32,8 +32,9 @@ lint: $(SETUP)
 unit: $(SETUP)
 	$(BIN)/python -m pytest
 
-bench: $(SETUP) ## planning, and training speed against a plain PEFT loop, side by side
+bench: $(SETUP) ## planning, the page, and training speed against a plain PEFT loop, side by side
 	$(BIN)/python -m tests.benchmarks.plan_speed
+	$(BIN)/python -m tests.benchmarks.page_speed
 	$(BIN)/python -m tests.benchmarks.training_speed
 
 wheel-test: $(SETUP) ## build the wheel and use it outside the checkout
