@@ -19,10 +19,16 @@ COMMANDS = {
     "run": ("lora_lab.app.hydra_commands", "train and score one trial, a sweep (-m), or a study (-m study=NAME)"),
     "plan": ("lora_lab.app.hydra_commands", "what `run` would do: trials, duplicates, already done, parameters, steps"),
     "runs": ("lora_lab.app.ledger_commands", "list the ledger, or export a slice of it (--format csv|parquet|json)"),
+    "report": ("lora_lab.app.report_command", "the page of a study, or of the whole ledger: one HTML file"),
     "compare": ("lora_lab.app.ledger_commands", "two runs: difference of configuration, paired difference of scores"),
     "merge": ("lora_lab.app.model_commands", "adapters into the base, or several into one (linear, svd, ties)"),
     "generate": ("lora_lab.app.model_commands", "what a run's model answers to a prompt"),
-    "fetch": ("lora_lab.app.model_commands", "prepare the embedded model in the cache"),
+    "wandb": ("lora_lab.app.wandb_commands", "copy runs to W&B again (push), or make a study's workspace there"),
+    "fetch": (
+        "lora_lab.app.fetch_command",
+        "models, data sets and tasks into the cache, for a machine without a network",
+    ),
+    "doctor": ("lora_lab.app.doctor", "what this machine has and lacks; whether a study can run without a network"),
 }
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_lab.app.ledger_commands import STUDY_RUNS_FILE
 from lora_lab.app.planning import Plan, cache_folder
+from lora_lab.app.report_command import draw_page
 from lora_lab.errors import InputError, Problem
-from lora_lab.record.atomic import write_json
 from lora_lab.record.ledger import Ledger, run_id_of
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
+from lora_lab.record.study_folder import begin_study, page_path, write_table
+from lora_lab.record.wandb_tracker import WandbTracker
+from lora_lab.record.watcher import Watchers
+from lora_lab.report.redraw import Redraw
 from lora_lab.report.terminal import print_plan, print_table
-from lora_lab.study.table import SettingsTable, settings_table
+from lora_lab.study.table import settings_table
 
 
 def carry_out(plan: Plan, *, command: str, as_json: bool) -> int:
@@ -23,10 +27,12 @@ def carry_out(plan: Plan, *, command: str, as_json: bool) -> int:
     if command == "plan":
         print_plan(plan.rows, as_json=as_json)
         return 0
-    return _run(plan, as_json=as_json)
+    root, study = Path(plan.lab.root), None if plan.study is None else plan.study.name
+    with WandbTracker(plan.lab.tracking, root, cache=cache_folder(plan.lab), study=study) as tracker:
+        return _run(plan, tracker, as_json=as_json)
 
 
-def _run(plan: Plan, *, as_json: bool) -> int:
+def _run(plan: Plan, tracker: WandbTracker, *, as_json: bool) -> int:
     from lora_lab.launch.local import run_jobs  # torch from here on: `plan` above does without
     from lora_lab.report.progress import Progress
 
@@ -35,16 +41,24 @@ def _run(plan: Plan, *, as_json: bool) -> int:
     _check_before_loading(plan, ledger)
     for note in plan.notes:
         print(note, file=sys.stderr)
+    folder = _begin(plan)
+    page = None if folder is None else Redraw(functools.partial(draw_page, ledger, plan.study))
     with Progress() as progress:
-        tally = run_jobs(plan.jobs, ledger, plan.lab, cache=cache, watcher=progress)
+        watchers = Watchers([progress, tracker] if page is None else [progress, tracker, page])
+        tally = run_jobs(plan.jobs, ledger, plan.lab, cache=cache, watcher=watchers)
     records = [record for job in plan.jobs if (record := ledger.find(job.fingerprint, job.repeat)) is not None]
     table = settings_table(records, metrics=plan.study.metrics if plan.study is not None else None)
-    _keep(plan, table)
+    if plan.study is not None and folder is not None:
+        write_table(folder, table.to_json())
+        tracker.study_finished(plan.study.name, table.to_json())
     if as_json:
         json.dump(table.to_json(), sys.stdout, indent=2)
         print()
     else:
         print_table(table)
+    if page is not None and folder is not None:
+        page.now()
+        print(f"page: {page_path(folder)}", file=sys.stderr)
     for record in records:
         for warning in record.result.facts["warnings"] if record.result is not None else ():
             print(f"{record.name}: {warning}", file=sys.stderr)
@@ -72,11 +86,12 @@ def _check_before_loading(plan: Plan, ledger: Ledger) -> None:
     ledger.prepare()
 
 
-def _keep(plan: Plan, table: SettingsTable) -> None:
+def _begin(plan: Plan) -> Path | None:
+    """Where the page of this call goes: the study's folder, or the root for another sweep; None for a single run."""
+    root = Path(plan.lab.root)
     if plan.study is not None:
-        folder = Path(plan.lab.root) / "studies" / plan.study.name
-        write_json(folder / "table.json", table.to_json())
-        write_json(folder / STUDY_RUNS_FILE, {"runs": [run_id_of(job.fingerprint, job.repeat) for job in plan.jobs]})
+        return begin_study(root, plan.study, [run_id_of(job.fingerprint, job.repeat) for job in plan.jobs])
+    return root if len(plan.jobs) > 1 else None
 
 
 def _exit_code(records: Sequence[RunRecord], *, expected: int) -> int:

@@ -1,4 +1,4 @@
-"""`fetch`, `generate` and `merge`: commands that load a model."""
+"""`generate` and `merge`: commands that load a model."""
 
 from __future__ import annotations
 
@@ -11,31 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.types import RunMode
 
 from lora_lab.adapters.merge import COMBINE_KINDS, combine, merge_into_base
 from lora_lab.adapters.save import load_adapter, save_adapter, save_model
-from lora_lab.app.compose import config_loader
-from lora_lab.app.interpolation import plain_mapping
 from lora_lab.app.ledger_commands import add_root, open_ledger
 from lora_lab.data.encode import prompt_ids, stop_ids
 from lora_lab.data.rows import Row
 from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.launch.device import choose_device
 from lora_lab.models.generate import generate
-from lora_lab.models.load import LoadedBase, load_base, model_folder
+from lora_lab.models.load import LoadedBase, load_base
 from lora_lab.record.run_record import RunRecord
 from lora_lab.schema.model import FolderModel
-from lora_lab.schema.trial import LAB_KEYS, Trial, read_trial
+from lora_lab.schema.trial import Trial, read_trial
 
 # Text on which a merged model is compared with the adapter it came from.
 _PROBES = ("What is the capital of France?", "Add 17 and 25.", "Write one sentence about the sea.")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `fetch ...`, `generate ...` or `merge ...`; returns the exit code."""
+    """Runs `generate ...` or `merge ...`; returns the exit code."""
     command, *rest = arguments
-    return {"fetch": _fetch, "generate": _generate, "merge": _merge}[command](rest)
+    return {"generate": _generate, "merge": _merge}[command](rest)
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -49,20 +46,6 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 def _cache(options: argparse.Namespace) -> Path:
     cache: Path = options.root / "cache" if options.cache is None else options.cache
     return cache
-
-
-def _fetch(arguments: Sequence[str]) -> int:
-    parser = _parser("fetch", "Prepare a model of conf/model in the cache; the embedded one takes about 30 s, once.")
-    parser.add_argument("model", nargs="?", default="smollm2_135m", help="a name of conf/model")
-    options = parser.parse_args(arguments)
-    loader = config_loader()
-    names = loader.get_group_options("model")
-    if options.model not in names:
-        raise InputError(Problem("fetch", f'no model "{options.model}"' + nearest(options.model, names)))
-    mapping = plain_mapping(loader.load_configuration("config", [f"model={options.model}"], RunMode.RUN))
-    trial = read_trial({key: value for key, value in mapping.items() if key not in LAB_KEYS})
-    print(model_folder(trial.model, _cache(options)))
-    return 0
 
 
 def _generate(arguments: Sequence[str]) -> int:

@@ -25,6 +25,7 @@ from lora_lab.schema.model import Model
 from lora_lab.schema.optimization import Optimizer, Scheduler, Training
 from lora_lab.schema.problems import problems_of
 from lora_lab.schema.section import SEED_LIMIT, Count, Fraction, Natural, Positive, Section, Seed, Text
+from lora_lab.schema.tracking import Tracking
 
 _ALPHA_WORDS = {"2r": 2.0, "r": 1.0, "r/2": 0.5}
 # Far beyond any use; a larger one is a slip of the keyboard that would only show as a diverged run.
@@ -93,12 +94,6 @@ def _is_whole(value: object) -> typing.TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-class TrackingOff(Section):
-    """The ledger only."""
-
-    kind: Literal["off"]
-
-
 class LocalLaunch(Section):
     """Runs one after another in this process. device: `auto` takes CUDA where there is one."""
 
@@ -124,7 +119,7 @@ class Lab(Section):
     repeat: Natural
     max_runs: Count
     fail_fast: bool
-    tracking: TrackingOff
+    tracking: Tracking
     launch: LocalLaunch
 
 

@@ -33,6 +33,7 @@ TINY = {
     "training.micro_batch_size": "4",
     "training.max_steps": "2",
     "evaluation.tasks": "[]",
+    "tracking": "off",
 }
 
 
