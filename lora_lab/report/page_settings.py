@@ -68,7 +68,7 @@ def table_view(table: SettingsTable) -> dict[str, Any]:
                 "cells": [
                     _seeds_cell(row),
                     *(
-                        _metric_cell(row.cells[c.name], scales[c.name], is_best=row.setting == best[c.name])
+                        _metric_cell(row.cells[c.name], scales[c.name], is_best=row.cells[c.name].mean == best[c.name])
                         for c in table.columns
                     ),
                     *(_cost_cell(row, key, write) for key, _, write in COSTS),
@@ -107,12 +107,12 @@ def _scale(cells: Sequence[Cell]) -> _Scale:
     return _Scale(min(ends, default=0.0), max(ends, default=0.0))
 
 
-def _best(rows: Sequence[SettingRow], column: MetricColumn) -> str | None:
-    """The setting with the best mean; it says nothing about whether the difference is established."""
-    means = [(cell.mean, row.setting) for row in rows if (cell := row.cells[column.name]).mean is not None]
-    if len(means) < 2:
+def _best(rows: Sequence[SettingRow], column: MetricColumn) -> float | None:
+    """The best mean of several; it says nothing about whether the difference is established."""
+    means = [mean for row in rows if (mean := row.cells[column.name].mean) is not None]
+    if len(set(means)) < 2:
         return None
-    return (max if column.higher_is_better else min)(means)[1]
+    return max(means) if column.higher_is_better else min(means)
 
 
 def _plain(text: str, sort: float | int | None, *, hint: str = "", is_missing: bool = False) -> dict[str, Any]:

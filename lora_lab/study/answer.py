@@ -142,7 +142,8 @@ def answer_of(table: SettingsTable, effects: Sequence[Effect]) -> Answer:
     base_row = _base_of(best, bases)
     if not ready:
         base = None if base_row is None else _standing(base_row, column)
-        return _uncompared("few_seeds", counts, column, best=_standing(best, column), base=base)
+        equals = _equals(best, scored, column)
+        return _uncompared("few_seeds", counts, column, best=_standing(best, column), base=base, equals=equals)
     return _compared(column, best, [row for row in scored if row is not best], base_row, effects, counts)
 
 
@@ -170,6 +171,7 @@ def _uncompared(
     *,
     best: Standing | None = None,
     base: Standing | None = None,
+    equals: int = 0,
 ) -> Answer:
     return Answer(
         case=case,
@@ -178,7 +180,7 @@ def _uncompared(
         base=base,
         against_base=None,
         runner_up=None,
-        equals=0,
+        equals=equals,
         beaten=(),
         ties=(),
         not_compared=(),
@@ -209,7 +211,7 @@ def _compared(
         base=None if base is None else _standing(base, column),
         against_base=None if base is None else _against_base(best, base, column, comparisons),
         runner_up=known[0] if known else None,
-        equals=sum(row.cells[column.name].mean == best.cells[column.name].mean for row in others),
+        equals=_equals(best, others, column),
         beaten=tuple(one.name for one in known if one.verdict == "better"),
         ties=tuple(one.name for one in known if one.verdict != "better"),
         not_compared=tuple(row.name for row in others if against[row.setting] is None),
@@ -225,6 +227,11 @@ def _ranked(rows: Sequence[SettingRow], column: MetricColumn) -> list[SettingRow
     """Best mean first; of equal ones the table's order."""
     sign = -1 if column.higher_is_better else 1
     return sorted(rows, key=lambda row: sign * (row.cells[column.name].mean or 0.0))
+
+
+def _equals(best: SettingRow, rows: Sequence[SettingRow], column: MetricColumn) -> int:
+    """How many other settings have the very same mean."""
+    return sum(row is not best and row.cells[column.name].mean == best.cells[column.name].mean for row in rows)
 
 
 def _standing(row: SettingRow, column: MetricColumn) -> Standing:
