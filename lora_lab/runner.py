@@ -29,6 +29,7 @@ from lora_lab.plan.steps import steps_of
 from lora_lab.record.atomic import write_text
 from lora_lab.record.environment import utc_now
 from lora_lab.record.gathered import Gathered
+from lora_lab.record.model_card import write_cards
 from lora_lab.record.result import Metric, Result, Status
 from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.step_log import StepLog
@@ -71,6 +72,7 @@ def run_job(job: Job, folder: RunFolder, *, device: torch.device, cache: Path, w
     gathered.note_load("after")
     result = _result(job, folder, gathered, status=status, reason=reason, started_at=started_at)
     folder.write_result(result)
+    write_cards(folder.path, folder.header, result)
     watcher.run_finished(folder.header, folder.path, result)
     gc.collect()
     if device.type == "cuda":

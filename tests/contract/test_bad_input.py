@@ -93,6 +93,7 @@ def call(
 ) -> Iterator[Call]:
     """call("plan", "rank=0"): in an empty folder of its own, with the lab's root at ./lab."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # no run of this file is worth a copy
 
     def refuse(*arguments: Any, **options: Any) -> None:
         raise WeightsLoadedError
@@ -304,7 +305,12 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("optimizer.kind=foo", ('optimizer.kind: no such choice "foo"', "adamw")),
     ("method.kind=foo", ('method.kind: no such choice "foo"', "rslora")),
     ("method=lorra", ('method: no such choice "lorra"', 'did you mean "lora"')),
-    ("tracking=wnb", ('tracking: no such choice "wnb"',)),
+    ("tracking=wnb", ('tracking: no such choice "wnb"', 'did you mean "wandb"')),
+    ("tracking.mode=on", ('tracking.mode: no such choice "on"', "offline", "online")),
+    ("tracking.project=a/b", ("tracking.project: expected 1 to 128 characters without spaces", 'got "a/b"')),
+    ("tracking.project=null", ("tracking.project: empty value (null); expected text",)),
+    ("tracking=off tracking.mode=online", ("tracking.mode: unknown key",)),
+    ("tracking.kind=trackio", ('tracking.kind: no such choice "trackio"',)),
     ("launch=slurmm", ('launch: no such choice "slurmm"',)),
     ("launch.kind=foo", ('launch.kind: no such choice "foo"',)),
     ("launch.device=foo", ('launch.device: expected auto, cpu, cuda or cuda:N, got "foo"',)),

@@ -149,6 +149,6 @@ def test_the_cases(table: object, case: str) -> None:
 
 
 def test_a_shared_lead_is_told_with_few_seeds_too() -> None:
-    table = table_of([row_of("a", [2.0]), row_of("b", [2.0]), row_of("c", [3.0])])
+    table = table_of(row_of("a", [2.0]), row_of("b", [2.0]), row_of("c", [3.0]))
     answer = answer_of(table, ())
     assert (answer.case, answer.equals) == ("few_seeds", 1)
