@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import bitsandbytes
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -127,7 +126,7 @@ def _combine_problems(
 
 def _on_plain_base(model: PeftModel) -> PeftModel:
     """The same adapter on the same base without 4-bit layers. Takes `model` over."""
-    if not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules()):
+    if not any(_is_four_bit(module) for module in model.modules()):
         return model
     name = model.active_adapter
     config = model.peft_config[name]
@@ -142,7 +141,7 @@ def _on_plain_base(model: PeftModel) -> PeftModel:
 
 
 def _dequantize(base: Any) -> None:
-    packed = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)]
+    packed = [(name, layer) for name, layer in base.named_modules() if _is_four_bit(layer)]
     for name, layer in packed:
         base.set_submodule(name, _plain_layer(layer))
     base.hf_quantizer = None
@@ -153,6 +152,8 @@ def _dequantize(base: Any) -> None:
 
 
 def _plain_layer(layer: Any) -> nn.Module:
+    import bitsandbytes  # there, since the layer is its own
+
     weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(
         layer.compute_dtype
     )
@@ -174,3 +175,7 @@ def _logits(model: Any, probe_ids: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = model(input_ids=probe_ids.to(model.device)).logits.double()
     model.train(was_training)
     return logits
+
+
+def _is_four_bit(layer: Any) -> bool:
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None

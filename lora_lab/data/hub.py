@@ -8,6 +8,7 @@ begins, of which a last turn without an answer is left out (LIMA).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
@@ -20,8 +21,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from lora_lab.data.formats import OPTIONAL, REQUIRED, detect_format, record_problems, row_of
 from lora_lab.data.heldout import SHOWN_PROBLEMS, more_problems, split_rows
 from lora_lab.data.rows import Row, Rows
-from lora_lab.errors import DataError, InputError, MachineError, Problem, nearest
+from lora_lab.errors import DataError, IdentityError, InputError, MachineError, Problem, nearest
 from lora_lab.schema.data import HubData
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def load_hub(data: HubData, *, cache: Path) -> Rows:
@@ -29,6 +32,7 @@ def load_hub(data: HubData, *, cache: Path) -> Rows:
 
     Raises:
         InputError: `columns` names columns of no format. MachineError: the hub cannot be reached.
+        IdentityError: another revision than the declared one is all that is in the cache.
         DataError: no such data set, revision, split or column, or rows that are not of the format.
     """
     row_format = _format_of(data)
@@ -62,7 +66,7 @@ def _format_of(data: HubData) -> str:
 
 def _fetch(data: HubData, cache: Path) -> Any:
     try:
-        return datasets.load_dataset(
+        table = datasets.load_dataset(
             data.repo, name=data.config, split=data.split, revision=data.revision, cache_dir=str(cache / "datasets")
         )
     except LocalEntryNotFoundError as error:
@@ -71,6 +75,16 @@ def _fetch(data: HubData, cache: Path) -> Any:
         raise DataError(Problem(data.repo, f"cannot be loaded ({_one_line(error)})")) from None
     except OSError as error:  # ConnectionError, time-outs, HTTP errors, a full disk
         raise _unreachable(data, error) from None
+    _check_revision(data, table)
+    return table
+
+
+def _check_revision(data: HubData, table: Any) -> None:
+    """Without a network `datasets` takes any revision that is in its cache; its folder says which that is."""
+    for file in table.cache_files:
+        found = Path(file["filename"]).parent.name
+        if _COMMIT.fullmatch(data.revision) and _COMMIT.fullmatch(found) and found != data.revision:
+            raise IdentityError(Problem(data.repo, f"revision {found} is in the cache, not {data.revision}"))
 
 
 def _unreachable(data: HubData, error: Exception) -> MachineError:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes
 import torch
 from torch import nn
 
@@ -37,7 +36,7 @@ class PackedWeights:
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and module of every 4-bit layer."""
     for name, module in model.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
             yield name, module
 
 

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import bitsandbytes
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,16 +31,19 @@ def _sgd(settings: Sgd, parameters: Parameters, rate: float) -> torch.optim.Opti
     )
 
 
-def _bitsandbytes_adam(
-    kind: Callable[..., torch.optim.Optimizer],
-) -> Callable[[Adam, Parameters, float], torch.optim.Optimizer]:
+def _bitsandbytes_adam(name: str) -> Callable[[Adam, Parameters, float], torch.optim.Optimizer]:
     def build(settings: Adam, parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+        import bitsandbytes  # only by those who ask for it: a machine without it runs everything else
+
+        kind: Callable[..., torch.optim.Optimizer] = getattr(bitsandbytes.optim, name)
         return kind(parameters, lr=rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
 
     return build
 
 
 def _lion(settings: Lion, parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+    import bitsandbytes
+
     lion: torch.optim.Optimizer = bitsandbytes.optim.Lion(
         parameters, lr=rate, betas=settings.betas, weight_decay=settings.weight_decay
     )
@@ -51,9 +53,9 @@ def _lion(settings: Lion, parameters: Parameters, rate: float) -> torch.optim.Op
 OPTIMIZERS: dict[str, Callable[[Any, Parameters, float], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "sgd": _sgd,
-    "adamw8bit": _bitsandbytes_adam(bitsandbytes.optim.AdamW8bit),
-    "paged_adamw": _bitsandbytes_adam(bitsandbytes.optim.PagedAdamW32bit),
-    "paged_adamw8bit": _bitsandbytes_adam(bitsandbytes.optim.PagedAdamW8bit),
+    "adamw8bit": _bitsandbytes_adam("AdamW8bit"),
+    "paged_adamw": _bitsandbytes_adam("PagedAdamW32bit"),
+    "paged_adamw8bit": _bitsandbytes_adam("PagedAdamW8bit"),
     "lion": _lion,
 }
 

@@ -77,7 +77,7 @@ def _scores(result: Result, trial: Trial) -> list[dict[str, Any]]:
 def _score(measure: str, metric: Metric) -> dict[str, Any]:
     """A filter of lm-eval (`exact_match,strict-match`) belongs to the name, not to the type."""
     plain = one_line(measure)
-    return {"type": plain.partition(",")[0], "value": metric.value, "name": f"{plain} ({metric.unit})"}
+    return {"type": plain.partition(",")[0], "value": metric.value, "name": f"{plain} ({one_line(metric.unit)})"}
 
 
 def _dataset(source: str, data: Data, shots: Mapping[str, int]) -> dict[str, Any]:

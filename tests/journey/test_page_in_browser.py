@@ -13,7 +13,8 @@ from lora_lab.app.cli import main
 from tests.page_ledger import HOSTILE, fill, fill_hostile
 from tests.unit.test_report_page import Page
 
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next((found for name in _NAMES if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 
 

@@ -106,19 +106,6 @@ def test_a_sweep_is_copied_row_by_row(lab: Lab, capfd: pytest.CaptureFixture[str
     assert again.code == 0 and offline_runs(lab.root).keys() == copies.keys()
 
 
-def test_wandb_is_in_another_process_or_nowhere(lab: Lab) -> None:
-    code = """
-import os, sys
-from lora_lab.app.cli import main
-for tracking in ("off", "offline"):
-    code = main([*sys.argv[2:], f"tracking={tracking}", f"seed={len(tracking)}"])
-    print(code, "wandb" in sys.modules, os.path.exists(sys.argv[1]), file=sys.stderr)
-"""
-    arguments = [one for one in lab.tiny() if not one.startswith("tracking=")]
-    done = python(code, str(lab.root / "wandb"), "run", *arguments)
-    assert [line for line in done.err.splitlines() if line.startswith("0 ")] == ["0 False False", "0 False True"]
-
-
 def test_nan_is_a_gap_and_the_end_of_a_diverged_run(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     clean = loop.accumulate
     poisoned = [float("nan")]
@@ -196,19 +183,31 @@ def test_runs_that_are_open_at_once_keep_apart(tmp_path: Path) -> None:
         assert (copy.summary["status"], copy.config["own"], copy.exit_code) == (name, name, 2 - number)
 
 
-def test_no_secret_reaches_a_file_of_wandb(lab: Lab) -> None:
+def test_wandb_is_in_another_process_or_nowhere_and_no_secret_reaches_its_files(lab: Lab) -> None:
     canaries = ["canary-wandb-key-0123456789", "canary-hf-token", "canary-argument", "canary-password"]
-    code = f"import sys; from lora_lab.app.cli import main; sys.exit(main(sys.argv[1:]))  # {canaries[2]}"
-    command = [sys.executable, "-c", code, "run", *lab.tiny("tracking=offline")]
+    code = f"""
+import os, sys  # {canaries[2]}
+from lora_lab.app.cli import main
+for tracking in ("off", "offline"):
+    code = main([*sys.argv[2:], f"tracking={{tracking}}", f"seed={{len(tracking)}}"])
+    print(code, "wandb" in sys.modules, os.path.exists(sys.argv[1]), file=sys.stderr)
+"""
     variables = {
         "WANDB_API_KEY": canaries[0],
         "HF_TOKEN": canaries[1],
         "HTTPS_PROXY": f"http://user:{canaries[3]}@127.0.0.1:9",
         "WANDB_NOTES": canaries[1],
     }
-    done = subprocess.run(command, env=process_environment(**variables), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert push(lab, **variables).code == 0
+    arguments = [one for one in lab.tiny() if not one.startswith("tracking=")]
+    with _environment(variables):
+        done = python(code, str(lab.root / "wandb"), "run", *arguments)
+        assert [line for line in done.err.splitlines() if line.startswith("0 ")] == ["0 False False", "0 False True"]
+        _check_files(lab, canaries)
+        assert call("wandb", "push", "--root", str(lab.root)).code == 0
+        _check_files(lab, canaries)
+
+
+def _check_files(lab: Lab, canaries: list[str]) -> None:
     files = [path for path in (lab.root / "wandb").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     for path in files:

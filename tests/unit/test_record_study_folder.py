@@ -49,7 +49,9 @@ def test_no_such_study_names_the_nearest(tmp_path: Path) -> None:
         read_study(tmp_path, "mime")
 
 
-@pytest.mark.parametrize(("name", "content"), [("runs.json", "[]"), ("runs.json", "{"), ("study.json", '{"name": "x"}')])
+@pytest.mark.parametrize(
+    ("name", "content"), [("runs.json", "[]"), ("runs.json", "{"), ("study.json", '{"name": "x"}')]
+)
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: str) -> None:
     folder = begin_study(tmp_path, study(), [])
     (folder / name).write_text(content)

@@ -68,7 +68,8 @@ def test_points_stand_at_cost_and_mean_with_their_interval(findings: Findings) -
     line, points = score_against_cost(front, table, column, "train_seconds", colours_of(table))["data"]
     rows = {row.name: row for row in table.rows}
     assert len(points["x"]) == len(rows), "the base has both in this ledger"
-    for label, x, y, half in zip(points["customdata"], points["x"], points["y"], points["error_y"]["array"], strict=True):
+    halves = points["error_y"]["array"]
+    for label, x, y, half in zip(points["customdata"], points["x"], points["y"], halves, strict=True):
         row = rows[label[0]]
         interval = row.cells[column.name].interval
         assert (x, y) == (row.cost["train_seconds"], row.cells[column.name].mean)
