@@ -14,7 +14,7 @@ from lora_lab.record.environment import without_user_info
 
 _INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _ABSOLUTE = re.compile(r"(?<![\w:/.])~?/(?:[^\s/'\"`,;()]+/)+")
-_SIGNS = re.compile(r"([\\`*_\[\]<>~&$!#|{}])")
+_SIGNS = re.compile(r"([\\`*_\[\]<>~&$!#])")
 # What GitHub's and the hub's Markdown make a link of, without any sign around it.
 _LINK_STARTS = re.compile(r"(?<=:)/(?=/)|(?<=\bwww)\.", re.IGNORECASE)
 

@@ -27,6 +27,7 @@ _AXIS_TITLES = {
 }
 _SUFFIX = {"peak_allocated_bytes": "B", "train_seconds": "s", "trainable_parameters": ""}
 _LABEL_LIMIT = 40
+_CLEAR_CURVES, _SHOWN_CURVES = 8, 6  # so many bands can be told apart; of more, so many are shown at first
 _FEW = 10  # settings whose names fit beside their points
 _DASHES = ("solid", "dash", "dot", "dashdot")
 
@@ -37,43 +38,51 @@ def missing_figure(reason: str) -> Figure:
 
 
 def learning_curves(curves: Sequence[SettingCurve], colours: Mapping[str, str], *, title: str) -> Figure:
-    """Mean over seeds against the step, with its band; one colour per setting."""
+    """Mean over seeds against the step, with its band; one colour per setting.
+
+    Of many settings only the first are visible; a click on a name of the legend shows another.
+    """
     data: list[dict[str, Any]] = []
     for index, curve in enumerate(curves):
-        colour = colours[curve.setting]
-        name = _label(curve.name)
-        if not curve.steps:
-            data += [_lone_curve(run, curve.key, name, colour) for run in curve.runs]
-            continue
-        x = list(curve.steps)
-        if curve.low is not None and curve.high is not None:
-            data.append(
-                {
-                    "x": [*x, *reversed(x)],
-                    "y": [*curve.high, *reversed(curve.low)],
-                    "fill": "toself",
-                    "fillcolor": _faint(colour),
-                    "line": {"width": 0},
-                    "mode": "lines",
-                    "hoverinfo": "skip",
-                    "showlegend": False,
-                    "legendgroup": name,
-                }
-            )
-        data.append(
-            {
-                "x": x,
-                "y": list(curve.mean),
-                "name": name,
-                "legendgroup": name,
-                "mode": "lines",
-                "line": {"color": colour, "width": 2, "dash": _DASHES[index // len(PALETTE) % len(_DASHES)]},
-                "hovertemplate": f"{name}<br>step %{{x}}: %{{y:.4g}}<extra></extra>",
-            }
-        )
+        dash = _DASHES[index // len(PALETTE) % len(_DASHES)]
+        traces = _setting_traces(curve, colours[curve.setting], dash=dash)
+        if len(curves) > _CLEAR_CURVES and index >= _SHOWN_CURVES:
+            traces = [{**trace, "visible": "legendonly"} for trace in traces]
+        data += traces
     if not data:
         return missing_figure("no run has a step log with this value")
     return {"data": data, "layout": {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": title}}}}
+
+
+def _setting_traces(curve: SettingCurve, colour: str, *, dash: str) -> list[dict[str, Any]]:
+    """The band and the mean of a setting; its single runs where none has completed."""
+    name = _label(curve.name)
+    if not curve.steps:
+        return [_lone_curve(run, curve.key, name, colour) for run in curve.runs]
+    x = list(curve.steps)
+    mean = {
+        "x": x,
+        "y": list(curve.mean),
+        "name": name,
+        "legendgroup": name,
+        "mode": "lines",
+        "line": {"color": colour, "width": 2, "dash": dash},
+        "hovertemplate": f"{name}<br>step %{{x}}: %{{y:.4g}}<extra></extra>",
+    }
+    if curve.low is None or curve.high is None:
+        return [mean]
+    band = {
+        "x": [*x, *reversed(x)],
+        "y": [*curve.high, *reversed(curve.low)],
+        "fill": "toself",
+        "fillcolor": _faint(colour),
+        "line": {"width": 0},
+        "mode": "lines",
+        "hoverinfo": "skip",
+        "showlegend": False,
+        "legendgroup": name,
+    }
+    return [band, mean]
 
 
 def _lone_curve(run: RunCurve, key: str, name: str, colour: str) -> dict[str, Any]:

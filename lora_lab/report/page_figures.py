@@ -97,7 +97,8 @@ def _curves(findings: Findings) -> Family | None:
         id="curves",
         menu="Curves",
         title="Learning curves",
-        legend="Mean over seeds at each step; the band is the 95 % t interval over seeds, or the range of two.",
+        legend="Mean over seeds at each step; the band is the 95 % t interval over seeds, or the range of two. "
+        "A click on a name of the legend hides or shows it.",
         picks=(_pick("Value", [(key, _CURVES[key]) for key in figures]),),
         figures=figures,
         notes=(*((cut,) if trained > _MOST_CURVES else ()), *dict.fromkeys(map(clean, missing))),
@@ -156,6 +157,7 @@ def _heat_maps(findings: Findings) -> Family | None:
     if not any("data" in figure for figure in figures.values()):
         return None
     options = [(axis, axis) for axis in axes]
+    across, down = sorted(range(len(axes)), key=lambda index: -len(findings.axes.axes[index].matched))[:2]
     cut = f"The first {_MOST_AXES} axes; the others are in the table."
     return Family(
         id="heat",
@@ -164,8 +166,8 @@ def _heat_maps(findings: Findings) -> Family | None:
         legend="Mean over the settings that share both values; below it, of how many where there are several.",
         picks=(
             _pick("Score", [(column.name, column.name) for column in table.columns]),
-            _pick("Across", options),
-            _pick("Down", options, chosen=1),
+            _pick("Across", options, chosen=across),
+            _pick("Down", options, chosen=down),
         ),
         figures=figures,
         notes=(cut,) if len(findings.axes.axes) > _MOST_AXES else (),
