@@ -196,7 +196,7 @@ def _score(metric: Metric) -> Sequence[str]:
     value = f"{metric.value:.4g}"
     if error is None:
         value += " (no standard error)"
-    elif error == -1:
+    elif error == 0:
         value += " (no interval: all examples alike)"
     else:
         value = _with_interval(metric.value, _QUANTILE * error)

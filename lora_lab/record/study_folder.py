@@ -71,15 +71,15 @@ def study_names(root: Path) -> list[str]:
     return sorted(path.parent.name for path in (root / _STUDIES).glob(f"*/{_RUNS_FILE}"))
 
 
-def read_study(root: Path, name: str) -> StudyRecord:
-    """A study that was begun here.
+def read_study(root: Path, name: str, *, where: str = "study") -> StudyRecord:
+    """A study that was begun here. `where`: what the name was given as.
 
     Raises:
         InputError: there is none of that name. DataError: its files are damaged.
     """
     known = study_names(root)
     if name not in known:
-        raise InputError(Problem("study", f'no study "{name}" has been run under {root}' + nearest(name, known)))
+        raise InputError(Problem(where, f'no study "{name}" has been run under {root}' + nearest(name, known)))
     folder = root / _STUDIES / name
     path = folder / _RUNS_FILE
     content = read_json(path)
