@@ -72,7 +72,7 @@ class Training:
         plan = self.plan(*overrides)
         (planned,) = plan.rows
         progress = Progress(io.StringIO())
-        tally = run_jobs(plan.jobs, Ledger(self.lab.root), plan.lab, cache=cache_folder(plan.lab), progress=progress)
+        tally = run_jobs(plan.jobs, Ledger(self.lab.root), plan.lab, cache=cache_folder(plan.lab), watcher=progress)
         assert tally.ran == 1
         record = max(self.lab.runs(), key=lambda one: one.header.claimed_at if one.header else "")
         result = record.result
