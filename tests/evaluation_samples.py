@@ -23,6 +23,7 @@ def evaluation(*tasks: str, **changes: object) -> Evaluation:
     """A small evaluation of `tasks`, with some values changed."""
     values = {
         "heldout": False,
+        "answers": {"rows": 0, "max_new_tokens": 8},
         "tasks": list(tasks),
         "engine": "stock",
         "batch_size": 8,

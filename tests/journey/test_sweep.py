@@ -130,7 +130,9 @@ def test_two_sweeps_started_in_the_same_second_share_the_work(lab: Lab) -> None:
     assert [record.state for record in runs] == [Status.COMPLETED] * 3
     assert [record.attempts for record in runs] == [1] * 3
     assert [lines_of(record.steps_path) for record in runs] == [60] * 3
-    started = [line for answer in answers for line in answer.err.splitlines() if "started" in line]
+    started = [
+        line for answer in answers for line in answer.err.splitlines() if line.startswith("[") and " started" in line
+    ]
     assert len(started) == 3
     assert max(answers, key=lambda one: one.json()["rows"][0]["completed"]).json()["rows"][0]["completed"] == 3
 
