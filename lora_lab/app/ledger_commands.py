@@ -48,7 +48,8 @@ def _runs(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="short for --format json")
     options = parser.parse_args(arguments)
     ledger = open_ledger(options.root)
-    records = ledger.runs() if options.study is None else read_study(options.root, options.study, where="--study").records(ledger)
+    asked = None if options.study is None else read_study(options.root, options.study, where="--study")
+    records = ledger.runs() if asked is None else asked.records(ledger)
     if options.status is not None:
         records = _of_status(records, options.status)
     chosen = "json" if options.json else options.format
