@@ -218,7 +218,7 @@ def memory_bars(parts: Sequence[MemoryParts]) -> Figure:
         "data": data,
         "layout": {
             "barmode": "stack",
-            "height": 120 + 26 * len(shown),
+            "height": 180 + 26 * len(shown),
             "xaxis": {"title": {"text": "bytes at the peak of a step"}, "tickformat": "~s", "ticksuffix": "B"},
             "yaxis": {"autorange": "reversed", "automargin": True},
         },
