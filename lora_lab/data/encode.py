@@ -131,11 +131,6 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[int, ..
     return tuple(sorted({probe.input_ids[-1], encoder.eos_id}))
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to pad with: the pad token, else the end-of-sequence token. Masks make its choice immaterial."""
-    return int(_eos_id(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-
-
 class _Encoder:
     """A tokenizer with what is asked of it once per row set."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_lab.data.encode import Encoded, encode_row, encode_rows, padding_id, prompt_ids, stop_ids
+from lora_lab.data.encode import Encoded, encode_row, encode_rows, prompt_ids, stop_ids
 from lora_lab.data.rows import Message, Row
 from lora_lab.errors import DataError, InputError
 from lora_lab.schema.data import JsonlData
@@ -165,15 +165,12 @@ def test_end_token_is_added_where_the_template_has_none(tokenizer: PreTrainedTok
     assert encoded.input_ids.count(tokenizer.eos_token_id) == 1
 
 
-def test_stop_and_padding_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_stop_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     assert stop_ids(tokenizer, "auto") == (tokenizer.eos_token_id,)
     tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert stop_ids(tokenizer, "model") == tuple(sorted((end_of_turn, tokenizer.eos_token_id)))
     assert stop_ids(tokenizer, "alpaca") == (tokenizer.eos_token_id,)
-    assert padding_id(tokenizer) == end_of_turn
-    llama = llama_like()
-    assert llama.pad_token_id is None and padding_id(llama) == llama.eos_token_id
 
 
 def test_long_rows_lose_their_end_and_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
