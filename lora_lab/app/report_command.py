@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         json.dump(_as_json(subject, findings), sys.stdout, indent=2, allow_nan=False)
         print()
         return 0
-    path = page_path(ledger.root if asked is None else asked.folder) if options.output is None else options.output
+    path = _place(ledger, asked) if options.output is None else options.output
     write_page(path, subject, findings)
     print(answer_sentence(findings.answer))
     print(path)
@@ -48,7 +48,11 @@ def main(arguments: Sequence[str]) -> int:
 def draw_page(ledger: Ledger, study: Study | None) -> None:
     """Draws the page of a study that was begun, or of the whole ledger, in its usual place; raises as `main`."""
     asked = None if study is None else read_study(ledger.root, study.name)
-    write_page(page_path(ledger.root if asked is None else asked.folder), *_view(ledger, asked))
+    write_page(_place(ledger, asked), *_view(ledger, asked))
+
+
+def _place(ledger: Ledger, asked: StudyRecord | None) -> Path:
+    return page_path(ledger.root if asked is None else asked.folder)
 
 
 def _view(ledger: Ledger, asked: StudyRecord | None) -> tuple[Subject, Findings]:

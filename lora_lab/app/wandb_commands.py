@@ -159,8 +159,7 @@ class _Push:
 
 
 def _table_of(study: StudyRecord, ledger: Ledger) -> dict[str, Any]:
-    metrics = None if study.study is None else study.study.metrics
-    return settings_table(study.records(ledger), metrics=metrics or None).to_json()
+    return settings_table(study.records(ledger), metrics=study.metrics).to_json()
 
 
 def _destination(options: argparse.Namespace, mode: str) -> Destination:

@@ -11,9 +11,8 @@ from lora_lab.data.encode import prompt_ids, stop_ids
 from lora_lab.data.rows import Row
 from lora_lab.errors import DataError
 from lora_lab.models.generate import generate
+from lora_lab.record.run_record import ANSWERS_FILE
 from lora_lab.schema.evaluation import SampleAnswers
-
-ANSWERS_FILE = "answers.jsonl"
 
 
 def write_answers(

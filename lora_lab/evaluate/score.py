@@ -15,10 +15,9 @@ from lora_lab.data.rows import Row
 from lora_lab.evaluate.answers import write_answers
 from lora_lab.evaluate.harness import Scores, evaluate_model
 from lora_lab.evaluate.heldout import HeldoutScores, score_heldout
+from lora_lab.record.run_record import HELDOUT_FILE
 from lora_lab.schema.evaluation import Evaluation
 from lora_lab.schema.trial import Trial
-
-HELDOUT_FILE = "heldout.jsonl"
 
 
 def score_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ _NAMED_TARGETS = {
     frozenset({"query", "key", "value", "projection", "mlp", "head"}): "all_linear_head",
     frozenset({"embedding"}): "embedding",
 }
+
+
+_SEED_IN_NAME = re.compile(r"-s\d+$")
 
 
 class Absent(enum.StrEnum):
@@ -38,6 +42,11 @@ def readable_name(trial: Trial) -> str:
     if trial.method.kind != "base":
         facts.append(f"s{trial.seed}")
     return "-".join(facts)
+
+
+def without_seed(name: str) -> str:
+    """The label of a trial's setting: `lora-r8-qv` of `lora-r8-qv-s1`."""
+    return _SEED_IN_NAME.sub("", name)
 
 
 def target_label(target: Target) -> str:

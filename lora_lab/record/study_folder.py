@@ -38,6 +38,11 @@ class StudyRecord:
         """The study's name, which is its folder's."""
         return self.folder.name
 
+    @property
+    def metrics(self) -> tuple[str, ...] | None:
+        """The metrics that its file names, the first the primary one; None where it names none."""
+        return (self.study.metrics or None) if self.study is not None else None
+
     def records(self, ledger: Ledger) -> list[RunRecord]:
         """Its runs that have begun, in the order in which they were asked for."""
         begun = {record.run_id: record for record in ledger.runs()}

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from lora_lab.plan.readable import without_seed
 from lora_lab.record.environment import without_user_info
 from lora_lab.record.result import Result, Status
 from lora_lab.record.run_record import ADAPTER_FOLDER, EVAL_FOLDER, RESULT_FILE, RunHeader
@@ -39,7 +40,6 @@ _SERIES = {
 _OF_TRAINING = "train/"
 _LONGEST_TAG = 64
 _SETTING_DIGITS = 8
-_SEED_IN_NAME = re.compile(r"-s\d+$")
 _SECRET_NAME = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 # A shorter value would take innocent words with it.
 _SHORTEST_SECRET = 8
@@ -53,7 +53,7 @@ def run_start(header: RunHeader, studies: Sequence[str]) -> dict[str, Any]:
     the first digits of its fingerprint, without the seed.
     """
     trial = header.trial
-    bare = _SEED_IN_NAME.sub("", header.name)
+    bare = without_seed(header.name)
     method, model = trial["method"]["kind"], trial["model"]["name"]
     return {
         "id": header.run_id,

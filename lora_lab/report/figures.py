@@ -20,10 +20,11 @@ from lora_lab.study.table import MetricColumn, SettingRow, SettingsTable
 
 Figure = dict[str, Any]
 
-_AXIS_TITLES = {
-    "trainable_parameters": "trainable parameters",
+# What a score is drawn against, in the order of the choice.
+COST_TITLES = {
     "peak_allocated_bytes": "peak memory",
     "train_seconds": "training time",
+    "trainable_parameters": "trainable parameters",
 }
 _SUFFIX = {"peak_allocated_bytes": "B", "train_seconds": "s", "trainable_parameters": ""}
 _LABEL_LIMIT = 40
@@ -105,7 +106,7 @@ def score_against_cost(
     rows = {row.setting: row for row in table.rows}
     points = [(point, rows[point.setting]) for point in front.points]
     if not points:
-        return missing_figure(f"no setting has both {column.name} and {_cost_title(cost)}")
+        return missing_figure(f"no setting has both {column.name} and {COST_TITLES[cost]}")
     write = {key: text for key, _, text in COSTS}[cost]
     on_front = sorted(((p.cost, p.score) for p, _ in points if p.on_front), key=lambda pair: pair[0])
     halves = [0.0 if (i := row.cells[column.name].interval) is None else i.half_width for _, row in points]
@@ -137,7 +138,7 @@ def score_against_cost(
     return {
         "data": data,
         "layout": {
-            "xaxis": {"title": {"text": _cost_title(cost)}, "tickformat": "~s", "ticksuffix": _SUFFIX[cost]},
+            "xaxis": {"title": {"text": COST_TITLES[cost]}, "tickformat": "~s", "ticksuffix": _SUFFIX[cost]},
             "yaxis": {"title": {"text": _metric_title(column)}},
             "legend": {"x": 1, "xanchor": "right", "y": 1},
         },
@@ -243,10 +244,6 @@ def _score_text(row: SettingRow, column: MetricColumn) -> str:
 def _metric_title(column: MetricColumn) -> str:
     better = "higher is better" if column.higher_is_better else "lower is better"
     return f"{_escaped(clean(column.name))} ({better})"
-
-
-def _cost_title(cost: str) -> str:
-    return _AXIS_TITLES[cost]
 
 
 def _label(name: str) -> str:

@@ -25,7 +25,7 @@ from lora_lab import __version__
 from lora_lab.record.atomic import write_text
 from lora_lab.record.environment import utc_now
 from lora_lab.report.page_figures import families
-from lora_lab.report.page_runs import RUN_COLUMNS, run_blocks, run_rows
+from lora_lab.report.page_runs import run_blocks, run_columns, run_rows
 from lora_lab.report.page_settings import settings_data, table_view
 from lora_lab.report.page_words import METHOD, effects_view, facts, sections
 from lora_lab.report.sentence import answer_sentence
@@ -81,9 +81,7 @@ def draw_page(subject: Subject, findings: Findings, *, folder: Path) -> str:
         "effects": effects_view(findings),
         "families": [family.to_view() for family in drawn],
         "runs": run_rows(records, primary),
-        "run_columns": [
-            {**column, "title": primary or "score"} if column["title"] == "score" else column for column in RUN_COLUMNS
-        ],
+        "run_columns": run_columns(primary),
         "method": METHOD,
         "ledger": subject.ledger.name,
         "drawn_at": utc_now()[:16].replace("T", " ") + " UTC",

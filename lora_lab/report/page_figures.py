@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import permutations, product
 from typing import Any
 
-from lora_lab.report.figures import Figure, heat_map, learning_curves, memory_bars, score_against_cost
+from lora_lab.report.figures import COST_TITLES, Figure, heat_map, learning_curves, memory_bars, score_against_cost
 from lora_lab.report.page_settings import colours_of
 from lora_lab.report.text import clean
 from lora_lab.study.curves import setting_curves
@@ -19,11 +19,6 @@ _CURVES = {
     "loss": "training loss (nats/token)",
     "gradient_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
-}
-_COSTS = {
-    "peak_allocated_bytes": "peak memory",
-    "train_seconds": "training time",
-    "trainable_parameters": "trainable parameters",
 }
 # More lines than these cannot be told apart.
 _MOST_CURVES = 24
@@ -125,7 +120,7 @@ def _costs(findings: Findings) -> Family | None:
     table = findings.table
     colours = colours_of(table)
     figures = {}
-    for column, cost in product(table.columns, _COSTS):
+    for column, cost in product(table.columns, COST_TITLES):
         front = pareto_front(table, column.name, cost)
         figures[f"{column.name}|{cost}"] = score_against_cost(front, table, column, cost, colours)
     if not any("data" in figure for figure in figures.values()):
@@ -138,7 +133,7 @@ def _costs(findings: Findings) -> Family | None:
         "No setting is both better and cheaper than one on the dotted front.",
         picks=(
             _pick("Score", [(column.name, column.name) for column in table.columns]),
-            _pick("Cost", _COSTS.items()),
+            _pick("Cost", COST_TITLES.items()),
         ),
         figures=figures,
         notes=(),

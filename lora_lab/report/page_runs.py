@@ -18,15 +18,6 @@ from lora_lab.study.curves import RunCurve, run_curves
 from lora_lab.study.interval import normal_half_width
 from lora_lab.study.samples import read_answers
 
-RUN_COLUMNS = (
-    {"title": "run", "is_number": False},
-    {"title": "status", "is_number": False},
-    {"title": "score", "is_number": True},
-    {"title": "peak memory", "is_number": True},
-    {"title": "train time", "is_number": True},
-    {"title": "tokens/s", "is_number": True},
-    {"title": "id", "is_number": False},
-)
 _CURVES = {
     "loss": "nats/token",
     "learning_rate": "learning rate",
@@ -40,6 +31,12 @@ _CURVE_POINTS, _CURVE_POINTS_OF_MANY, _MANY = 120, 40, 200
 _TEXT_LIMIT = 4_000  # of one sample text or reason; the files hold the rest
 # The host's name is of no use to a reader, and not everybody's to know.
 _PRIVATE = ("hostname",)
+
+
+def run_columns(metric: str | None) -> list[dict[str, Any]]:
+    """Headings of the table of runs; `metric` is the score that is shown."""
+    numbers = (metric or "score", "peak memory", "train time", "tokens/s")
+    return [{"title": title, "is_number": title in numbers} for title in ("run", "status", *numbers, "id")]
 
 
 def run_rows(records: Sequence[RunRecord], metric: str | None) -> list[dict[str, Any]]:

@@ -28,7 +28,8 @@ class Redraw:
 
     def begin(self, total_runs: int) -> None:
         """The page is there from the start, so that it can be opened while the first run goes on."""
-        self.now()
+        if total_runs:  # else it is drawn at the end, which is now
+            self.now()
 
     def run_started(self, header: RunHeader, folder: Path, *, steps: int) -> None:
         """Nothing new to show."""

@@ -38,8 +38,7 @@ class Findings:
 
 def study_findings(asked: StudyRecord, ledger: Ledger) -> Findings:
     """What a study has found so far, by the metrics that its file names; raises as `findings_of`."""
-    metrics = asked.study.metrics if asked.study is not None else ()
-    return findings_of(asked.records(ledger), metrics=metrics or None)
+    return findings_of(asked.records(ledger), metrics=asked.metrics)
 
 
 def findings_of(records: Iterable[RunRecord], *, metrics: Sequence[str] | None) -> Findings:

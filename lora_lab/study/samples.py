@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.errors import DataError, Problem
+from lora_lab.record.run_record import ANSWERS_FILE, HELDOUT_FILE
 
 _SAMPLES_FILE = re.compile(r"samples_(?P<task>.+?)(?:_(?P<date>\d{4}-\d{2}-\d{2}T[^_]*))?\.jsonl")
-HELDOUT_FILE = "heldout.jsonl"
-ANSWERS_FILE = "answers.jsonl"
 _NO_FILTER = "none"
 
 

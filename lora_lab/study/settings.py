@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_lab.plan.readable import without_seed
 from lora_lab.record.flat import dotted
 from lora_lab.schema.method import Method
 
@@ -13,7 +14,6 @@ from lora_lab.schema.method import Method
 _SEEDS = re.compile(r"seed|seeds\..*")
 _OF_ADAPTER = re.compile(r"(rank|alpha|dropout)$|target\.")
 _OF_BASE = re.compile(r"(model|method|quantization|data|evaluation)\.|training\.precision$")
-_SEED_IN_NAME = re.compile(r"-s\d+$")
 ABSENT = "(absent)"
 
 
@@ -42,7 +42,7 @@ def varying_keys(values: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def unique_names(names: Sequence[str], values: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> list[str]:
     """A name per setting: the run's without its seed, and what differs where several settings would share it."""
-    bare = [_SEED_IN_NAME.sub("", name) for name in names]
+    bare = [without_seed(name) for name in names]
     result = list(bare)
     for shared in {name for name in bare if bare.count(name) > 1}:
         members = [index for index, name in enumerate(bare) if name == shared]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -20,15 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.browser import BROWSER
 from tests.page_ledger import fill
 
 SIZES = {
     60: {"ranks": [2, 4, 8, 16], "rates": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]},
     1000: {"ranks": [2, 3, 4, 6, 8, 12, 16, 24, 32], "rates": [1e-4 * 1.15**step for step in range(37)]},
 }
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
 
 
 def seconds_of(command: list[str]) -> float:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from lora_lab.app.cli import main
+from tests.browser import BROWSER
 from tests.page_ledger import HOSTILE, fill, fill_hostile
 from tests.unit.test_report_page import Page
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next((found for name in _NAMES if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 
 
