@@ -11,20 +11,22 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.plan.targets import name_matches, part_suffixes
-from lora_lab.schema.method import Target
+from lora_lab.schema.adaptation import Target
+from lora_lab.schema.method import METHODS
 
 _NAME = re.compile(r"[A-Za-z0-9_.*]+")
 
 
-def find_targets(model: Any, target: Target) -> list[str]:
-    """Full names, in the model's order, of the linear layers and embeddings that `target` names.
+def find_targets(model: Any, target: Target, *, kind: str = "lora") -> list[str]:
+    """Full names, in the model's order, of the linear layers and embeddings that `target` names for a method of `kind`.
 
     Raises:
         InputError: with one problem per part or name that matches no such layer, and for a head or an embedding whose
             weight is also the other's (tied).
     """
     layers = _layers(model)
-    wanted = {f"target.{part}": part_suffixes(model.config.model_type)[part] for part in target.parts}
+    suffixes = part_suffixes(model.config.model_type, kind=kind) if target.parts else {}
+    wanted = {f"target.{part}": suffixes[part] for part in target.parts}
     wanted |= {f"target.modules: {name}": (name,) for name in target.modules}
     chosen: set[str] = set()
     problems = []
@@ -35,7 +37,8 @@ def find_targets(model: Any, target: Target) -> list[str]:
             if not matched:
                 ends = list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
                 problems.append(Problem(where, f'no layer is named "{name[:100]}"' + nearest(name, ends)))
-    problems += _tied_problems(model, layers, chosen)
+    if METHODS[kind].trains == "adapter":
+        problems += _tied_problems(model, layers, chosen)
     if problems:
         raise InputError(problems)
     return [name for name in layers if name in chosen]

@@ -13,9 +13,9 @@ from lora_lab.plan.job import Job, job_of
 from lora_lab.plan.row import PlanRow, plan_rows
 from lora_lab.plan.study_file import value_key
 from lora_lab.record.ledger import Ledger
-from lora_lab.schema.method import Method
 from lora_lab.schema.study import Study
 from lora_lab.schema.trial import Lab, Trial
+from lora_lab.schema.weight_methods import Base
 
 # Housekeeping that may differ between the points of one sweep.
 _PER_POINT = ("study", "tag", "repeat")
@@ -114,7 +114,7 @@ def _baselines(jobs: Sequence[Job]) -> list[Job]:
     """The untouched base of every job, each once."""
     bases = [
         job_of(
-            job.trial.model_copy(update={"method": Method(kind="base")}),
+            job.trial.model_copy(update={"method": Base(kind="base")}),
             job.identities,
             train_rows=job.train_rows,
             repeat=0,

@@ -120,13 +120,15 @@ class Batch:
     """One micro-batch, padded on the right to its longest example.
 
     input_ids: int64 [B, T]. attention_mask: int64 [B, T], 1 for real tokens. loss_mask: bool [B, T], True where the
-    token is a target that carries loss (never at position 0, never on padding). lengths: tokens per example.
+    token is a target that carries loss (never at position 0, never on padding). lengths, types: tokens and type
+    of each example.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     loss_mask: torch.Tensor
     lengths: tuple[int, ...]
+    types: tuple[str | None, ...]
 
     @property
     def loss_tokens(self) -> int:
@@ -150,4 +152,5 @@ def collate(examples: Sequence[Encoded], pad_id: int, device: torch.device | str
         attention_mask=torch.tensor(attention_mask, dtype=torch.int64, device=device),
         loss_mask=torch.tensor(loss_mask, dtype=torch.bool, device=device),
         lengths=lengths,
+        types=tuple(example.type for example in examples),
     )

@@ -24,12 +24,14 @@ from lora_lab.schema.data import HubData, JsonlData, SkillsData
 class Encoded:
     """One example. loss_mask[i]: token i is a target that carries loss (the training loop shifts).
 
-    loss_mask[0] is False always: nothing predicts the first token. cut: it was longer than max_length.
+    loss_mask[0] is False always: nothing predicts the first token. cut: it was longer than max_length. type:
+    of its row.
     """
 
     input_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
     cut: bool
+    type: str | None = None
 
     @property
     def loss_tokens(self) -> int:
@@ -154,7 +156,7 @@ class _Encoder:
             ids = (*prompt, *self._answer(rendered, prompt))
         first_target = 1 if loss_on == "all" else max(1, len(prompt))
         loss_mask = tuple(index >= first_target for index in range(len(ids)))
-        return Encoded(ids[:max_length], loss_mask[:max_length], cut=len(ids) > max_length)
+        return Encoded(ids[:max_length], loss_mask[:max_length], cut=len(ids) > max_length, type=row.type)
 
     def prompt(self, rendered: Rendered) -> tuple[int, ...]:
         return (*self._start, *self._ids(rendered.prompt, rendered))

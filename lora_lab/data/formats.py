@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lora_lab.data.rows import ROLES, Message, Row
@@ -62,9 +63,19 @@ def record_problems(record: Record, row_format: str, *, complete: bool) -> list[
     return problems
 
 
-def row_of(record: Record, row_format: str, source: str) -> Row:
-    """The row of a record that has no `record_problems`."""
-    return _MAKERS[row_format](record, source)
+def type_problems(record: Record, column: str | None) -> list[str]:
+    """What keeps `column` of a record from naming its type; nothing where no column is asked for."""
+    if column is None:
+        return []
+    if column not in record:
+        return [f'"{column}" (data.type_column) missing; found {_names(record)}']
+    return _text_problems(f'"{column}" (data.type_column)', record[column], True)
+
+
+def row_of(record: Record, row_format: str, source: str, *, type_column: str | None = None) -> Row:
+    """The row of a record that has neither `record_problems` nor `type_problems`."""
+    row = _MAKERS[row_format](record, source)
+    return row if type_column is None else replace(row, type=record[type_column])
 
 
 def _instruction(record: Record, source: str) -> Row:

@@ -18,7 +18,7 @@ import datasets
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from lora_lab.data.formats import OPTIONAL, REQUIRED, detect_format, record_problems, row_of
+from lora_lab.data.formats import OPTIONAL, REQUIRED, detect_format, record_problems, row_of, type_problems
 from lora_lab.data.heldout import SHOWN_PROBLEMS, more_problems, split_rows
 from lora_lab.data.rows import Row, Rows
 from lora_lab.errors import DataError, IdentityError, InputError, MachineError, Problem, nearest
@@ -41,10 +41,10 @@ def load_hub(data: HubData, *, cache: Path) -> Rows:
     rows: list[Row] = []
     problems: list[Problem] = []
     for source, record in _records(data, table):
-        wrong = record_problems(record, row_format, complete=False)
+        wrong = [*record_problems(record, row_format, complete=False), *type_problems(record, data.type_column)]
         problems += [Problem(source, message) for message in wrong]
         if not wrong:
-            rows.append(row_of(record, row_format, source))
+            rows.append(row_of(record, row_format, source, type_column=data.type_column))
     if problems:
         raise DataError([*problems[:SHOWN_PROBLEMS], *more_problems(len(problems), "problems")])
     if not rows:
@@ -104,17 +104,25 @@ def _one_line(error: Exception) -> str:
 
 def _check_columns(data: HubData, found: list[str]) -> None:
     problems = [
-        Problem(f"data.columns.{ours}", f'{data.repo} has no column "{theirs}"' + nearest(theirs.split(".")[0], found))
-        for ours, theirs in data.columns.items()
+        Problem(f"data.{ours}", f'{data.repo} has no column "{theirs}"' + nearest(theirs.split(".")[0], found))
+        for ours, theirs in _wanted(data).items()
         if theirs.split(".")[0] not in found
     ]
     if problems:
         raise DataError(problems)
 
 
+def _wanted(data: HubData) -> dict[str, str]:
+    """Key below `data` -> column of the data set."""
+    columns = {f"columns.{ours}": theirs for ours, theirs in data.columns.items()}
+    return columns if data.type_column is None else columns | {"type_column": data.type_column}
+
+
 def _records(data: HubData, table: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     for index, example in enumerate(table):
         record = {ours: _value(ours, _reach(example, theirs)) for ours, theirs in data.columns.items()}
+        if data.type_column is not None:
+            record[data.type_column] = _reach(example, data.type_column)
         yield f"{data.repo}:{data.split}:{index}", record
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_lab.data.formats import detect_format, record_problems, row_of, unknown_format
+from lora_lab.data.formats import detect_format, record_problems, row_of, type_problems, unknown_format
 from lora_lab.data.heldout import SHOWN_PROBLEMS, count_duplicates, more_problems, refuse_overlap, split_rows
 from lora_lab.data.lines import Line, file_sha256, read_lines
 from lora_lab.data.rows import Row, Rows
@@ -69,13 +69,13 @@ def load_jsonl(data: JsonlData) -> Rows:
         DataError: with the problems of both files, each as `path:line` (the first 20 per file, and how many there are).
     """
     if data.heldout_path is None:
-        rows = read_rows(_path(data.path), data.format)
+        rows = read_rows(_path(data.path), data.format, type_column=data.type_column)
         return split_rows(rows, heldout_size=data.heldout_size, seed=data.heldout_seed, where=data.path)
     sides: list[list[Row]] = []
     problems: list[Problem] = []
     for path in (data.path, data.heldout_path):
         try:
-            sides.append(read_rows(_path(path), data.format))
+            sides.append(read_rows(_path(path), data.format, type_column=data.type_column))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -85,8 +85,10 @@ def load_jsonl(data: JsonlData) -> Rows:
     return Rows(train, heldout)
 
 
-def read_rows(path: Path, row_format: str) -> list[Row]:
+def read_rows(path: Path, row_format: str, *, type_column: str | None = None) -> list[Row]:
     """All rows of one file. row_format: a key of `formats.REQUIRED`, or `auto`, which the first record decides.
+
+    type_column: the column that names a row's type, if rows have types.
 
     Raises:
         DataError: no such file, no rows, or the problems of all lines.
@@ -99,11 +101,11 @@ def read_rows(path: Path, row_format: str) -> list[Row]:
         if chosen is None:
             found.add(path, line, unknown_format(record))
             break
-        problems = record_problems(record, chosen, complete=True)
+        problems = [*record_problems(record, chosen, complete=True), *type_problems(record, type_column)]
         for problem in problems:
             found.add(path, line, problem)
         if not problems:
-            rows.append(row_of(record, chosen, f"{path}:{line}"))
+            rows.append(row_of(record, chosen, f"{path}:{line}", type_column=type_column))
     found.raise_if_any()
     if not rows:
         raise DataError(Problem(str(path), "0 records"))

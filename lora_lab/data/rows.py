@@ -20,8 +20,9 @@ class Row:
     """One example: either `messages`, the last of which is the assistant's answer, or plain `text`.
 
     source: `path:line`, `repo:split:index`, or the id of the generator that made it. skill: label of the kind of task,
-    where there is one. context: the second part of an instruction (Alpaca's "input"), which the user message holds too
-    (after an empty line); the Alpaca template prints it under a heading of its own.
+    where there is one. type: what LoRAMoE's groups of experts are told apart by. context: the second part of an
+    instruction (Alpaca's "input"), which the user message holds too (after an empty line); the Alpaca template prints
+    it under a heading of its own.
     """
 
     messages: tuple[Message, ...] | None
@@ -29,6 +30,7 @@ class Row:
     source: str
     skill: str | None = None
     context: str | None = None
+    type: str | None = None
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.text is None):

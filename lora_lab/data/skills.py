@@ -15,7 +15,7 @@ import logging
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any, Literal
 
@@ -115,10 +115,15 @@ def load_skills(data: SkillsData) -> Rows:
     check_mixture(data.mixture)
     train = generate_skills(data.mixture, size=data.train_size, seed=data.train_seed, side="train")
     heldout = generate_skills(data.mixture, size=data.heldout_size, seed=data.heldout_seed, side="heldout")
+    train, heldout = _typed(train, data), _typed(heldout, data)
     common = {row.content[0] for row in train} & {row.content[0] for row in heldout}
     if common:
         raise DataError(f"{len(common)} prompts are both in the training and in the held-out rows")
     return Rows(train, heldout)
+
+
+def _typed(rows: list[Row], data: SkillsData) -> list[Row]:
+    return [replace(row, type=data.types[row.skill]) for row in rows if row.skill is not None] if data.types else rows
 
 
 def generate_skills(mixture: Mapping[str, float], *, size: int, seed: int, side: Side) -> list[Row]:

@@ -31,7 +31,7 @@ from lora_lab.models.packed import PackedWeights, keep_packed_layout, measure_pa
 from lora_lab.models.quiet import quiet_transformers
 from lora_lab.models.random import random_folder
 from lora_lab.plan.folder import shape_from_config
-from lora_lab.schema.method import Quantization
+from lora_lab.schema.adaptation import Quantization
 from lora_lab.schema.model import EmbeddedModel, FolderModel, HubModel, Model, RandomModel
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(

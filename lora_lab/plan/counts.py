@@ -1,56 +1,57 @@
-"""Parameter counts of a trial by arithmetic: exact, from the shape alone, None where the shape is not known.
-
-A LoRA pair on a layer with `in` inputs and `out` outputs holds rank x (in + out) numbers (Hu et al. 2021); on an
-embedding in = vocabulary and out = hidden size, as in PEFT. DoRA adds one magnitude per output (Liu et al. 2024).
-"""
+"""Parameter counts of a trial by arithmetic: exact, from the shape alone, None where the shape is not known."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from lora_lab.plan import shapes
-from lora_lab.plan.shapes import Module
-from lora_lab.plan.targets import selected_modules
+from lora_lab.plan.method_counts import Added, added_parameters, trained_weights
 from lora_lab.schema.trial import Trial
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """adapter: what the method adds; trainable: what receives gradients; total: base, untied copy and adapter."""
+    """adapter: what the method adds, without its routers; router: those; trainable: what receives gradients, None where
+    that changes at random in the course of training; total: base, untied copy, adapter and routers."""
 
     adapter_parameters: int
-    trainable_parameters: int
+    router_parameters: int
+    trainable_parameters: int | None
     total_parameters: int
 
 
 def counts_of(trial: Trial) -> Counts | None:
-    """All three counts of a trial, or None where the model's shape is not known.
+    """All counts of a trial, or None where the model's shape is not known.
 
     Raises:
-        InputError: for a target that does not fit the model (`plan.targets`).
+        InputError: for a target, a rank or a list over layers that does not fit the model.
     """
-    shape, modules = trial.model.shape, selected_modules(trial)
-    if shape is None or modules is None:
+    shape = trial.model.shape
+    if shape is None:
         return None
     base = shapes.total_parameters(shape, tie_embeddings=trial.model.tie_embeddings)
-    inputs, outputs = _widths(modules)
-    adapter = trial.rank * (inputs + outputs)
-    if trial.method.kind == "dora":
-        adapter += outputs
-    trainable = base if trial.method.kind == "full" else adapter
-    return Counts(adapter_parameters=adapter, trainable_parameters=trainable, total_parameters=base + adapter)
-
-
-@lru_cache(maxsize=1024)
-def _widths(modules: tuple[Module, ...]) -> tuple[int, int]:
-    return sum(module.in_features for module in modules), sum(module.out_features for module in modules)
+    added = added_parameters(trial, shape) if trial.method.has_adapter else Added(0, 0, 0)
+    trainable: int | None = added.adapter + added.router
+    if trial.method.trains == "weights":
+        trainable = trained_weights(trial, shape, base)
+    return Counts(
+        adapter_parameters=added.adapter,
+        router_parameters=added.router,
+        trainable_parameters=trainable,
+        total_parameters=base + added.adapter + added.router + added.frozen,
+    )
 
 
 def adapter_parameters(trial: Trial) -> int | None:
-    """Parameters the method adds to the model; 0 for base and full."""
+    """Parameters the method adds to the model, routers apart; 0 where it trains the model's own weights."""
     counts = counts_of(trial)
     return None if counts is None else counts.adapter_parameters
+
+
+def router_parameters(trial: Trial) -> int | None:
+    """Parameters of the routers of a mixture of experts; 0 for other methods."""
+    counts = counts_of(trial)
+    return None if counts is None else counts.router_parameters
 
 
 def trainable_parameters(trial: Trial) -> int | None:

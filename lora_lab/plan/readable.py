@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_lab.schema.method import PARTS, Target
+from lora_lab.schema.adaptation import PARTS, Target
 from lora_lab.schema.trial import Trial
 
 _NAMED_TARGETS = {
@@ -17,6 +17,7 @@ _NAMED_TARGETS = {
     frozenset({"query", "key", "value", "projection", "mlp"}): "all_linear",
     frozenset({"query", "key", "value", "projection", "mlp", "head"}): "all_linear_head",
     frozenset({"embedding"}): "embedding",
+    frozenset({"key", "value", "mlp"}): "kvm",
 }
 
 
@@ -37,8 +38,10 @@ def readable_name(trial: Trial) -> str:
     facts: list[str] = [trial.method.kind]
     if trial.quantization.kind != "none":
         facts.append(trial.quantization.kind + ("dq" if trial.quantization.double_quantization else ""))
-    if trial.method.has_adapter:
-        facts += [f"r{trial.rank}", target_label(trial.target)]
+    if "rank" in trial.method.uses:
+        facts.append(f"r{trial.rank}")
+    if "target" in trial.method.uses:
+        facts.append(target_label(trial.target))
     if trial.method.kind != "base":
         facts.append(f"s{trial.seed}")
     return "-".join(facts)

@@ -12,6 +12,7 @@ from lora_lab.plan.job import Job
 from lora_lab.plan.steps import steps_of
 
 RowState = Literal["new", "done", "duplicate"]
+_COUNTS = ("trainable_parameters", "adapter_parameters", "router_parameters", "total_parameters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class PlanRow:
     steps: int | None
     train_rows: int | None
     trainable_parameters: int | None
+    adapter_parameters: int | None
+    router_parameters: int | None
     total_parameters: int | None
     overrides: tuple[str, ...]
     missing: Mapping[str, str]
@@ -62,7 +65,9 @@ def _row(job: Job, state: RowState) -> PlanRow:
     if counts is None:
         model = job.trial.model
         reason = f"the shape of {model.name or model.kind} is not known without its files (model.shape gives it)"
-        missing.update(dict.fromkeys(("trainable_parameters", "total_parameters"), reason))
+        missing.update(dict.fromkeys(_COUNTS, reason))
+    elif counts.trainable_parameters is None:
+        missing["trainable_parameters"] = "drawn anew in every period"
     if job.train_rows is None:
         missing["train_rows"] = "the data set has not been counted on this machine"
     if steps is None:
@@ -76,6 +81,8 @@ def _row(job: Job, state: RowState) -> PlanRow:
         steps=steps,
         train_rows=job.train_rows,
         trainable_parameters=None if counts is None else counts.trainable_parameters,
+        adapter_parameters=None if counts is None else counts.adapter_parameters,
+        router_parameters=None if counts is None else counts.router_parameters,
         total_parameters=None if counts is None else counts.total_parameters,
         overrides=job.overrides,
         missing=missing,

@@ -10,7 +10,8 @@ from types import MappingProxyType
 
 from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.plan.shapes import Module, is_tied, modules_of
-from lora_lab.schema.method import Target
+from lora_lab.schema.adaptation import Target
+from lora_lab.schema.method import VECTOR_KINDS
 from lora_lab.schema.model import Shape
 from lora_lab.schema.trial import Trial
 
@@ -39,18 +40,32 @@ _GPT2_SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _SUFFIXES = MappingProxyType(
     {"llama": _LLAMA_SUFFIXES, "mistral": _LLAMA_SUFFIXES, "qwen2": _LLAMA_SUFFIXES, "gpt2": _GPT2_SUFFIXES}
 )
+# What `mlp` means to methods that scale activations: the layer whose input is the MLP's activation.
+_ACTIVATION = MappingProxyType({"llama": ("down_proj",), "gpt2": ("mlp.c_proj",)})
 _NAME = re.compile(r"[A-Za-z0-9_.*]+")
 
 
-def part_suffixes(family: str) -> Mapping[str, tuple[str, ...]]:
+def part_suffixes(family: str, *, kind: str) -> Mapping[str, tuple[str, ...]]:
     """For each part a target may name, the ends of the dotted names of its modules.
+
+    kind: of the method; to one of VECTOR_KINDS `mlp` is the MLP's last layer alone, whose input it scales.
 
     Raises:
         InputError: for a family whose module names are not known.
     """
     if family not in _SUFFIXES:
         raise InputError(Problem("model", f'unknown family "{family}"' + nearest(family, list(_SUFFIXES))))
-    return _SUFFIXES[family]
+    suffixes = _SUFFIXES[family]
+    if kind in VECTOR_KINDS:
+        return MappingProxyType({**suffixes, "mlp": activation_suffixes(family)})
+    return suffixes
+
+
+def activation_suffixes(family: str) -> tuple[str, ...]:
+    """Ends of the names of the layers that take the MLP's activation; raises as `part_suffixes`."""
+    if family not in _SUFFIXES:
+        raise InputError(Problem("model", f'unknown family "{family}"' + nearest(family, list(_SUFFIXES))))
+    return _ACTIVATION["gpt2" if family == "gpt2" else "llama"]
 
 
 def name_matches(module_name: str, name: str) -> bool:
@@ -64,16 +79,17 @@ def name_matches(module_name: str, name: str) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def select_modules(shape: Shape, target: Target) -> tuple[Module, ...]:
-    """The modules a target names, each once, in the model's order.
+def select_modules(shape: Shape, target: Target, *, kind: str = "lora") -> tuple[Module, ...]:
+    """The modules a target names for a method of this kind, each once, in the model's order.
 
     Raises:
         InputError: with one problem per name that is a regular expression, matches nothing, or matches only modules
             that cannot carry an adapter. A glob may run over such modules (`model.layers.0.*`): it means the others.
     """
     modules = modules_of(shape)
-    parts = set(target.parts)
-    chosen = {module.name for module in modules if parts.intersection(module.parts)}
+    suffixes = part_suffixes(shape.family, kind=kind)
+    named = [end for part in target.parts for end in suffixes[part]]
+    chosen = {module.name for module in modules if any(name_matches(module.name, end) for end in named)}
     problems: list[Problem] = []
     for name in target.modules:
         matched = [module for module in modules if _NAME.fullmatch(name) and name_matches(module.name, name)]
@@ -99,18 +115,18 @@ def _refused(name: str, *, matched: bool, modules: tuple[Module, ...]) -> Proble
 
 
 def selected_modules(trial: Trial) -> tuple[Module, ...] | None:
-    """The modules that get an adapter in this trial: none for base and full, None where the shape is not known.
+    """The modules that the method works on: none where it uses no target, None where the shape is not known.
 
     Raises:
         InputError: from `select_modules`, or for a head or embedding named on a model that keeps the two tied.
     """
-    if not trial.method.has_adapter:
+    if "target" not in trial.method.uses:
         return ()
     shape = trial.model.shape
     if shape is None:
         return None
-    chosen = select_modules(shape, trial.target)
-    if is_tied(shape, tie_embeddings=trial.model.tie_embeddings):
+    chosen = select_modules(shape, trial.target, kind=trial.method.kind)
+    if trial.method.has_adapter and is_tied(shape, tie_embeddings=trial.model.tie_embeddings):
         shared = [module.name for module in chosen if module.parts in (("head",), ("embedding",))]
         if shared:
             raise InputError(

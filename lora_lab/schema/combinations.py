@@ -6,11 +6,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lora_lab.errors import Problem
+from lora_lab.schema.expert_methods import Loramoe
+from lora_lab.schema.method import VECTOR_KINDS
 
 if TYPE_CHECKING:
     from lora_lab.schema.trial import Trial
 
 _BITSANDBYTES = ("adamw8bit", "paged_adamw", "paged_adamw8bit", "lion")
+# Parts that hold linear layers of the MLP.
+_MLP = ("mlp",)
 
 
 def combination_problems(trial: Trial) -> list[Problem]:
@@ -18,15 +22,27 @@ def combination_problems(trial: Trial) -> list[Problem]:
     return [problem for rule, needs in _RULES if needs <= trial.model_fields_set for problem in rule(trial)]
 
 
-def _full_needs_plain_weights(trial: Trial) -> list[Problem]:
-    if trial.method.kind == "full" and trial.quantization.kind != "none":
+def _trained_weights_are_plain(trial: Trial) -> list[Problem]:
+    if trial.method.trains == "weights" and trial.quantization.kind != "none":
         return [
             Problem(
                 "quantization",
-                f"{trial.quantization.kind} weights cannot be trained themselves (method=full); "
+                f"{trial.quantization.kind} weights cannot be trained themselves (method={trial.method.kind}); "
                 "use quantization=none, or an adapter such as method=lora",
             )
         ]
+    return []
+
+
+def _decomposed_weights_are_plain(trial: Trial) -> list[Problem]:
+    """PiSSA and OLoRA take their start out of the weight; what is left would have to be quantized anew."""
+    kind = trial.method.kind
+    if kind in ("pissa", "olora") and trial.quantization.kind != "none":
+        message = (
+            f"method={kind} takes its start out of the base's own weights, which a {trial.quantization.kind} base no "
+            "longer has; use quantization=none, or method=lora"
+        )
+        return [Problem("quantization", message)]
     return []
 
 
@@ -49,8 +65,56 @@ def _double_precision_is_plain(trial: Trial) -> list[Problem]:
 
 
 def _adapter_needs_target(trial: Trial) -> list[Problem]:
-    if trial.method.has_adapter and not trial.target.parts and not trial.target.modules:
+    if "target" in trial.method.uses and not trial.target.parts and not trial.target.modules:
         return [Problem("target", f"method={trial.method.kind} needs at least one module to adapt, got none")]
+    return []
+
+
+def _experts_stay_in_the_mlp(trial: Trial) -> list[Problem]:
+    if trial.method.kind == "loramoe" and (trial.target.parts != _MLP or trial.target.modules):
+        named = ", ".join([*trial.target.parts, *trial.target.modules])
+        return [
+            Problem("target", f"method=loramoe puts experts on the MLP's linear layers only (target=mlp), got {named}")
+        ]
+    return []
+
+
+def _experts_are_on_linear_layers(trial: Trial) -> list[Problem]:
+    kind, parts = trial.method.kind, trial.target.parts
+    wrong = [part for part in ("head", "embedding") if part in parts]
+    if wrong and kind in ("molora", "mola", "ia3", "mov"):
+        return [Problem("target", f"method={kind} works inside the decoder layers; take {' and '.join(wrong)} out")]
+    return []
+
+
+def _types_are_known(trial: Trial) -> list[Problem]:
+    method, known = trial.method, trial.data.row_types
+    if not isinstance(method, Loramoe) or method.beta == 0 or known is None:
+        return []
+    if not known:
+        message = (
+            "the balancing constraint of loramoe (method.beta > 0) needs rows with types: data=skills_typed, "
+            "data.types or data.type_column; or method.beta=0"
+        )
+        return [Problem("data", message)]
+    strange = sorted(known - set(method.groups))
+    if strange:
+        rule = f"expected only {' and '.join(method.groups)} (method.groups), got {', '.join(strange)}"
+        return [Problem("data.types", rule)]
+    return []
+
+
+def _galore_projects_gradients_only(trial: Trial) -> list[Problem]:
+    if trial.method.kind == "galore" and trial.optimizer.kind == "sophia":
+        rule = "sophia's curvature estimate belongs to whole weights, not to projected ones; use adamw, sgd or lion"
+        return [Problem("optimizer", rule)]
+    return []
+
+
+def _start_needs_an_adapter(trial: Trial) -> list[Problem]:
+    if trial.init_from is not None and trial.init_as == "adapter" and not trial.method.has_adapter:
+        rule = f"method={trial.method.kind} trains the model's own weights; use init_as=weights"
+        return [Problem("init_as", rule)]
     return []
 
 
@@ -58,7 +122,7 @@ def _tied_weights_stay_tied(trial: Trial) -> list[Problem]:
     shape = trial.model.shape
     if shape is None or not shape.tied_embeddings or trial.model.tie_embeddings is False:
         return []
-    if not trial.method.has_adapter:
+    if not (trial.method.has_adapter and "target" in trial.method.uses):
         return []
     problems = []
     for part in ("head", "embedding"):
@@ -77,7 +141,8 @@ def _fused_projections_stay_whole(trial: Trial) -> list[Problem]:
     shape = trial.model.shape
     fused = ("query", "key", "value")
     named = [part for part in fused if part in trial.target.parts]
-    if shape is None or shape.family != "gpt2" or not trial.method.has_adapter or len(named) in (0, 3):
+    whole = "target" not in trial.method.uses or trial.method.kind in VECTOR_KINDS  # vectors scale all of c_attn
+    if shape is None or shape.family != "gpt2" or whole or len(named) in (0, 3):
         return []
     return [
         Problem(
@@ -89,7 +154,7 @@ def _fused_projections_stay_whole(trial: Trial) -> list[Problem]:
 
 def _rank_fits_the_width(trial: Trial) -> list[Problem]:
     shape = trial.model.shape
-    if shape is None or not trial.method.has_adapter or trial.rank <= shape.hidden_size:
+    if shape is None or "rank" not in trial.method.uses or trial.rank <= shape.hidden_size:
         return []
     return [Problem("rank", f"must be <= {shape.hidden_size}, the hidden size of {trial.model.name}, got {trial.rank}")]
 
@@ -114,7 +179,13 @@ _TEXTS = {
 _RULES: tuple[tuple[Callable[[Trial], list[Problem]], frozenset[str]], ...] = (
     (_texts_say_something, frozenset()),
     (_rank_fits_the_width, frozenset({"model", "method", "rank"})),
-    (_full_needs_plain_weights, frozenset({"method", "quantization"})),
+    (_trained_weights_are_plain, frozenset({"method", "quantization"})),
+    (_decomposed_weights_are_plain, frozenset({"method", "quantization"})),
+    (_experts_stay_in_the_mlp, frozenset({"method", "target"})),
+    (_experts_are_on_linear_layers, frozenset({"method", "target"})),
+    (_types_are_known, frozenset({"method", "data"})),
+    (_galore_projects_gradients_only, frozenset({"method", "optimizer"})),
+    (_start_needs_an_adapter, frozenset({"method", "init_from", "init_as"})),
     (_double_precision_is_plain, frozenset({"training", "quantization", "optimizer"})),
     (_adapter_needs_target, frozenset({"method", "target"})),
     (_tied_weights_stay_tied, frozenset({"model", "method", "target"})),

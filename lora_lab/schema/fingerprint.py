@@ -17,7 +17,7 @@ from lora_lab.schema.trial import Trial
 # Raised by one whenever a change to the code may change a number that a trial leads to.
 NUMERICS_VERSION = 1
 
-_ADAPTER_ONLY = ("rank", "alpha", "dropout", "target")
+_AXES = ("rank", "alpha", "dropout", "target")
 _TRAINING_ONLY = ("learning_rate", "optimizer", "scheduler", "seed", "seeds")
 _LABELS_AND_PATHS = {
     "model": ("name", "path", "shape"),
@@ -33,8 +33,9 @@ def canonical(trial: Trial, identities: Mapping[str, str]) -> dict[str, Any]:
         content[section] = {key: value for key, value in content[section].items() if key not in keys}
     if trial.model.kind == "random":
         content["model"]["shape"] = trial.model.shape.model_dump(mode="json")
-    if not trial.method.has_adapter:
-        content = {key: value for key, value in content.items() if key not in _ADAPTER_ONLY}
+    unused = [axis for axis in _AXES if axis not in trial.method.uses]
+    unused += ["init_from"] + (["init_as"] if trial.init_from is None else [])  # the parent is known by its fingerprint
+    content = {key: value for key, value in content.items() if key not in unused}
     if trial.method.kind == "base":
         content = {key: value for key, value in content.items() if key not in _TRAINING_ONLY}
         content["training"] = {"precision": trial.training.precision}

@@ -1,60 +1,52 @@
-"""What is trained: the method, the quantization of the frozen base, and the modules that get an adapter."""
+"""The methods by name: one union, one table. The settings of each stand in its family's file."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, get_args
 
-from pydantic import model_validator
+from pydantic import Field
 
-from lora_lab.schema.section import Names, Section
+from lora_lab.schema.adapter_methods import (
+    AdaLora,
+    Bottleneck,
+    Ia3,
+    Lora,
+    LoraPlus,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+)
+from lora_lab.schema.expert_methods import Loramoe, Mola, Molora, Mov
+from lora_lab.schema.method_section import MethodSection
+from lora_lab.schema.weight_methods import Base, Freeze, Full, Galore, Lisa
 
-MethodKind = Literal["base", "full", "lora", "rslora", "dora"]
-QuantizationKind = Literal["none", "nf4", "fp4"]
-
-# The parts a target may name, in the order in which they are printed.
-PARTS = ("query", "key", "value", "projection", "mlp", "head", "embedding")
-
-
-class Method(Section):
-    """`base` trains nothing (row zero of a study); `full` trains every weight; the rest train an adapter.
-
-    lora: scaling alpha / rank (Hu et al. 2021); rslora: alpha / sqrt(rank) (Kalajdzievski 2023);
-    dora: lora on the direction plus a trained magnitude per output (Liu et al. 2024).
-    """
-
-    kind: MethodKind
-
-    @property
-    def has_adapter(self) -> bool:
-        return self.kind not in ("base", "full")
-
-
-class Quantization(Section):
-    """4-bit storage of the frozen linear layers by bitsandbytes (QLoRA, Dettmers et al. 2023)."""
-
-    kind: QuantizationKind
-    double_quantization: bool
-
-    @model_validator(mode="after")
-    def _double_needs_a_kind(self) -> Quantization:
-        if self.kind == "none" and self.double_quantization:
-            raise ValueError("double_quantization=true needs quantization=nf4 or quantization=fp4")
-        return self
-
-
-class Target(Section):
-    """The modules that get an adapter: parts by name, and exact module names (`q_proj`) for what no part covers."""
-
-    query: bool
-    key: bool
-    value: bool
-    projection: bool
-    mlp: bool
-    head: bool
-    embedding: bool
-    modules: Names
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the chosen parts, in the order of `PARTS`."""
-        return tuple(part for part in PARTS if getattr(self, part))
+Method = Annotated[
+    Base
+    | Full
+    | Freeze
+    | Lisa
+    | Galore
+    | Lora
+    | LoraPlus
+    | AdaLora
+    | Ia3
+    | PromptTuning
+    | PTuning
+    | PrefixTuning
+    | Bottleneck
+    | Mov
+    | Molora
+    | Loramoe
+    | Mola,
+    Field(discriminator="kind"),
+]
+# kind -> its class, in the order in which they are printed.
+METHODS: dict[str, type[MethodSection]] = {
+    kind: one for one in get_args(get_args(Method)[0]) for kind in get_args(one.model_fields["kind"].annotation)
+}
+# Scaled at the input of the MLP's last linear layer instead of in all of the MLP's layers.
+VECTOR_KINDS = ("ia3", "mov")
+# They put virtual tokens in front of the row.
+PROMPT_KINDS = ("prompt_tuning", "p_tuning", "prefix_tuning")
+# They mix experts by a router.
+ROUTED_KINDS = ("mov", "molora", "loramoe", "mola")

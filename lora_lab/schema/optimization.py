@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from lora_lab.schema.method_section import Factors
 from lora_lab.schema.section import Count, Fraction, Natural, NonNegative, Pair, Positive, Section
 
 AdamKind = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
@@ -43,7 +44,20 @@ class Lion(Section):
     betas: Pair
 
 
-Optimizer = Annotated[Adam | Sgd | Lion, Field(discriminator="kind")]
+class Sophia(Section):
+    """Sophia-G (Liu et al. 2023, arXiv 2305.14342): momentum over a clipped diagonal Gauss-Newton estimate.
+
+    rho: the update is clipped where momentum exceeds rho x estimate. estimate_interval: steps between two estimates.
+    """
+
+    kind: Literal["sophia"]
+    weight_decay: NonNegative
+    betas: Pair
+    rho: Positive
+    estimate_interval: Count
+
+
+Optimizer = Annotated[Adam | Sgd | Lion | Sophia, Field(discriminator="kind")]
 
 
 class _Warmup(Section):
@@ -94,7 +108,11 @@ Scheduler = Annotated[Constant | Linear | Cosine | Wsd, Field(discriminator="kin
 
 
 class Training(Section):
-    """Length, batch, precision and memory settings of training. A step is always an optimizer step."""
+    """Length, batch, precision and memory settings of training. A step is always an optimizer step.
+
+    layer_rates: factors on the learning rate by group of decoder layers, lowest first; empty: one rate for all. What
+    lies in no layer (embedding, head, final norm) keeps the rate itself.
+    """
 
     epochs: Count | None
     max_steps: Count | None
@@ -104,6 +122,7 @@ class Training(Section):
     gradient_checkpointing: Literal["off", "every_layer", "sqrt"] | Count
     precision: Literal["fp32", "bf16", "fp64"]
     bucket_batches: Count
+    layer_rates: Factors
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:

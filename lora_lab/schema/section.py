@@ -46,7 +46,8 @@ def _relative_names(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
-def _as_tuple(value: object) -> object:
+def as_tuple(value: object) -> object:
+    """A YAML list as the tuple that a strict field wants."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -54,9 +55,10 @@ Number = Annotated[float, BeforeValidator(_no_bool)]
 Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
 NonNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
+Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 Natural = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 Seed = Annotated[int, BeforeValidator(_whole), AfterValidator(_in_seed_range)]
 Text = Annotated[str, AfterValidator(_not_empty)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), AfterValidator(_relative_names)]
-Pair = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple), AfterValidator(_relative_names)]
+Pair = Annotated[tuple[Fraction, Fraction], BeforeValidator(as_tuple)]

@@ -16,11 +16,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from lora_lab.errors import InputError, Problem
+from lora_lab.schema.adaptation import Quantization, Target
 from lora_lab.schema.combinations import combination_problems
 from lora_lab.schema.data import Data
 from lora_lab.schema.evaluation import Evaluation
 from lora_lab.schema.labels import check_label
-from lora_lab.schema.method import Method, Quantization, Target
+from lora_lab.schema.method import Method
 from lora_lab.schema.model import Model
 from lora_lab.schema.optimization import Optimizer, Scheduler, Training
 from lora_lab.schema.problems import problems_of
@@ -43,7 +44,11 @@ class Seeds(Section):
 
 
 class Trial(Section):
-    """Everything that decides a result. Two equal trials have the same fingerprint and are trained once."""
+    """Everything that decides a result. Two equal trials have the same fingerprint and are trained once.
+
+    init_from: a finished run of the same ledger that this one starts from; init_as: its adapter is trained on, or its
+    weights (adapter merged into the base) are the base of a new method.
+    """
 
     model: Model
     method: Method
@@ -60,6 +65,8 @@ class Trial(Section):
     evaluation: Evaluation
     seed: Seed
     seeds: Seeds
+    init_from: Text | None
+    init_as: Literal["adapter", "weights"]
 
     @model_validator(mode="before")
     @classmethod

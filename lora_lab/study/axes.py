@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lora_lab.plan.readable import target_label
 from lora_lab.record.run_record import RunRecord
-from lora_lab.schema.method import PARTS, Target
+from lora_lab.schema.adaptation import PARTS, Target
 from lora_lab.schema.trial import Trial
 from lora_lab.study.settings import is_base, setting_values, varying_keys
 

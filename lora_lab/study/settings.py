@@ -8,11 +8,11 @@ from typing import Any
 
 from lora_lab.plan.readable import without_seed
 from lora_lab.record.flat import dotted
-from lora_lab.schema.method import Method
+from lora_lab.schema.method import METHODS
 
 # The keys whose values make trials of one setting differ.
 _SEEDS = re.compile(r"seed|seeds\..*")
-_OF_ADAPTER = re.compile(r"(rank|alpha|dropout)$|target\.")
+_AXES = {axis: re.compile(rf"{axis}($|\.)") for axis in ("rank", "alpha", "dropout", "target")}
 _OF_BASE = re.compile(r"(model|method|quantization|data|evaluation)\.|training\.precision$")
 ABSENT = "(absent)"
 
@@ -24,13 +24,13 @@ def is_base(trial: Mapping[str, Any]) -> bool:
 
 def setting_values(trial: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys of a trial without its seeds, and without what its method does not use: of an untouched base only
-    what it depends on, of full fine-tuning nothing of an adapter's."""
+    what it depends on, of full fine-tuning no rank."""
     flat = {key: value for key, value in dotted(trial).items() if not _SEEDS.fullmatch(key)}
     if is_base(trial):
         return {key: value for key, value in flat.items() if _OF_BASE.match(key)}
-    if not Method.model_construct(kind=trial["method"]["kind"]).has_adapter:
-        return {key: value for key, value in flat.items() if not _OF_ADAPTER.match(key)}
-    return flat
+    uses = METHODS[trial["method"]["kind"]].uses
+    unused = [pattern for axis, pattern in _AXES.items() if axis not in uses]
+    return {key: value for key, value in flat.items() if not any(pattern.match(key) for pattern in unused)}
 
 
 def varying_keys(values: Sequence[Mapping[str, Any]]) -> list[str]:

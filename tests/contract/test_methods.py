@@ -24,7 +24,7 @@ from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Result, Status
 from lora_lab.record.step_log import read_steps
 from lora_lab.report.progress import Progress
-from lora_lab.schema.method import PARTS, Target
+from lora_lab.schema.adaptation import PARTS, Target
 from lora_lab.schema.trial import Trial
 from tests.conftest import MakeTrial
 from tests.journey.program import Lab, single_thread

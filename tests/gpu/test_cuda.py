@@ -9,7 +9,7 @@ import torch
 
 from lora_lab.memory.meter import MemoryMeter, memory_now
 from lora_lab.models.load import load_base
-from lora_lab.schema.method import Quantization
+from lora_lab.schema.adaptation import Quantization
 from tests.conftest import MakeTrial
 
 pytestmark = [

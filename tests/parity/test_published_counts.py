@@ -15,7 +15,7 @@ import yaml
 from lora_lab.errors import InputError
 from lora_lab.plan.counts import adapter_parameters, total_parameters, trainable_parameters
 from lora_lab.plan.quantized import quantized_bytes
-from lora_lab.schema.method import PARTS
+from lora_lab.schema.adaptation import PARTS
 from lora_lab.schema.trial import Trial, read_trial
 from tests.unit.test_plan_trials import trial_of
 

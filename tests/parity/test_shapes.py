@@ -16,7 +16,7 @@ from lora_lab.plan.folder import shape_from_config
 from lora_lab.plan.quantized import QuantizedBytes, quantized_bytes, tensor_bytes
 from lora_lab.plan.shapes import modules_of, total_parameters
 from lora_lab.plan.targets import name_matches, part_suffixes, select_modules
-from lora_lab.schema.method import PARTS, Target
+from lora_lab.schema.adaptation import PARTS, Target
 from lora_lab.schema.model import Shape
 
 # Every size differs from every other, so that no two can be confused; head_dim is not hidden / heads where it may.

@@ -16,7 +16,7 @@ from lora_lab.errors import InputError
 from lora_lab.models.load import load_base
 from lora_lab.models.random import random_network
 from lora_lab.plan.targets import select_modules
-from lora_lab.schema.method import PARTS, Target
+from lora_lab.schema.adaptation import PARTS, Target
 from lora_lab.schema.trial import Trial
 from tests.conftest import MakeTrial
 from tests.unit.test_models_random import tiny_shape

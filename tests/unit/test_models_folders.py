@@ -12,7 +12,7 @@ import pytest
 from lora_lab.errors import IdentityError, InputError, MachineError
 from lora_lab.models.folders import check_model_folder
 from lora_lab.models.load import load_base, model_folder
-from lora_lab.schema.method import Quantization
+from lora_lab.schema.adaptation import Quantization
 from lora_lab.schema.model import FolderModel, HubModel, RandomModel
 from tests.conftest import MakeTrial
 

@@ -12,7 +12,7 @@ from torch import nn
 from lora_lab.errors import InputError
 from lora_lab.models.generate import generate
 from lora_lab.models.load import LoadedBase, load_base
-from lora_lab.schema.method import Quantization
+from lora_lab.schema.adaptation import Quantization
 from lora_lab.schema.model import RandomModel
 from tests.conftest import MakeTrial
 from tests.unit.test_models_random import tiny_shape

@@ -8,7 +8,7 @@ import pytest
 
 from lora_lab.errors import InputError
 from lora_lab.plan.targets import part_suffixes, select_modules, selected_modules
-from lora_lab.schema.method import PARTS, Target
+from lora_lab.schema.adaptation import PARTS, Target
 from lora_lab.schema.model import Shape
 from tests.unit.test_plan_trials import SHAPE, trial_of
 

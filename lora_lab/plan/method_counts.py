@@ -1,0 +1,299 @@
+"""What each method adds to a model or trains of it, in parameters, by arithmetic from the shape.
+
+A LoRA pair on a layer with `in` inputs and `out` outputs holds rank (in + out) numbers (Hu et al. 2021); on an
+embedding in = vocabulary and out = hidden size, as in PEFT. One row per method in the two tables at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.plan.layer_groups import layer_of, per_layer
+from lora_lab.plan.shapes import Module, is_tied, modules_of
+from lora_lab.plan.targets import activation_suffixes, name_matches, selected_modules
+from lora_lab.schema.model import Shape
+from lora_lab.schema.trial import Trial
+
+
+class Added(NamedTuple):
+    """adapter and router: trained; frozen: constants that PEFT counts as parameters."""
+
+    adapter: int
+    router: int
+    frozen: int
+
+
+def added_parameters(trial: Trial, shape: Shape) -> Added:
+    """What the method of a trial adds; raises InputError where a target, rank or list does not fit the shape."""
+    return _ADDED[trial.method.kind](trial, shape)
+
+
+def trained_weights(trial: Trial, shape: Shape, base: int) -> int | None:
+    """How many of the `base` weights are trained at a time; None where that number is drawn anew each period.
+
+    Raises:
+        InputError: layers or names that the shape does not have.
+    """
+    return _TRAINED[trial.method.kind](trial, shape, base)
+
+
+def rank_of_layers(trial: Trial, shape: Shape | None) -> Mapping[int, int]:
+    """Layer -> rank, where `method.rank_factors` gives groups of layers ranks of their own; empty without factors.
+
+    Raises:
+        InputError: a factor that makes no whole rank >= 1, or one beyond the hidden size; more factors than layers.
+    """
+    factors = getattr(trial.method, "rank_factors", ())
+    if not factors or shape is None:
+        return {}
+    ranks = [trial.rank * factor for factor in factors]
+    problems = [
+        Problem(
+            f"method.rank_factors.{index}", f"rank {trial.rank} x {factors[index]:g} = {rank:g} is no whole rank >= 1"
+        )
+        for index, rank in enumerate(ranks)
+        if rank < 1 or rank != int(rank)
+    ]
+    if not problems and max(ranks) > shape.hidden_size:
+        problems = [
+            Problem("method.rank_factors", f"rank {max(ranks):g} is beyond the hidden size {shape.hidden_size}")
+        ]
+    if problems:
+        raise InputError(problems)
+    return dict(enumerate(map(int, per_layer(ranks, shape.num_layers, where="method.rank_factors"))))
+
+
+def _modules(trial: Trial) -> tuple[Module, ...]:
+    modules = selected_modules(trial)
+    assert modules is not None  # the shape is known
+    return modules
+
+
+@lru_cache(maxsize=1024)
+def _widths(modules: tuple[Module, ...]) -> tuple[int, int]:
+    return sum(module.in_features for module in modules), sum(module.out_features for module in modules)
+
+
+def _pairs(trial: Trial, shape: Shape) -> int:
+    modules, ranks = _modules(trial), rank_of_layers(trial, shape)
+    if not ranks:
+        return trial.rank * sum(_widths(modules))
+    layers = [(module, layer_of(module.name)) for module in modules]
+    return sum(
+        (trial.rank if layer is None else ranks[layer]) * (module.in_features + module.out_features)
+        for module, layer in layers
+    )
+
+
+def _lora(trial: Trial, shape: Shape) -> Added:
+    return Added(_pairs(trial, shape), 0, 0)
+
+
+def _dora(trial: Trial, shape: Shape) -> Added:
+    """One magnitude per output more (Liu et al. 2024)."""
+    return Added(_pairs(trial, shape) + _widths(_modules(trial))[1], 0, 0)
+
+
+def _adalora(trial: Trial, shape: Shape) -> Added:
+    """P, Q and the singular values at the initial rank; PEFT keeps the rank of each matrix as one frozen number."""
+    modules = _modules(trial)
+    rank = _setting(trial, "initial_rank")
+    return Added(rank * (sum(_widths(modules)) + len(modules)), 0, len(modules))
+
+
+def _vector_sizes(trial: Trial, shape: Shape) -> list[int]:
+    """What is scaled at each site: the activation that enters the MLP's last layer, else a layer's output."""
+    ends = activation_suffixes(shape.family)
+    return [
+        module.in_features if any(name_matches(module.name, end) for end in ends) else module.out_features
+        for module in _modules(trial)
+    ]
+
+
+def _ia3(trial: Trial, shape: Shape) -> Added:
+    return Added(sum(_vector_sizes(trial, shape)), 0, 0)
+
+
+def _mov(trial: Trial, shape: Shape) -> Added:
+    """n vectors per site, and a router from what it looks at (hidden state, or what is scaled) to n experts."""
+    experts, sizes = _setting(trial, "experts"), _vector_sizes(trial, shape)
+    at_output = _setting(trial, "router_input") == "site_output"
+    inputs = sizes if at_output else [_site_width(module, shape) for module in _modules(trial)]
+    return Added(experts * sum(sizes), experts * sum(inputs), 0)
+
+
+def _site_width(module: Module, shape: Shape) -> int:
+    """The width of the state that enters a site's sub-layer: of the MLP the hidden size, not that of its last layer."""
+    ends = activation_suffixes(shape.family)
+    return shape.hidden_size if any(name_matches(module.name, end) for end in ends) else module.in_features
+
+
+def _experts(trial: Trial, shape: Shape, counts: Sequence[int]) -> Added:
+    """Per matrix and expert a LoRA pair, and a router from the matrix's input to its experts."""
+    adapter = router = 0
+    for module in _modules(trial):
+        layer = layer_of(module.name)
+        if layer is None:
+            where = f"method={trial.method.kind} puts experts into decoder layers; {module.name} is in none"
+            raise InputError(Problem("target", where))
+        adapter += counts[layer] * trial.rank * (module.in_features + module.out_features)
+        router += counts[layer] * module.in_features
+    return Added(adapter, router, 0)
+
+
+def _same_experts(trial: Trial, shape: Shape) -> Added:
+    return _experts(trial, shape, [_setting(trial, "experts")] * shape.num_layers)
+
+
+def _mola(trial: Trial, shape: Shape) -> Added:
+    return _experts(trial, shape, per_layer(_setting(trial, "experts"), shape.num_layers, where="method.experts"))
+
+
+def _prompt(trial: Trial, shape: Shape) -> Added:
+    return Added(_room(trial, shape) * shape.hidden_size, 0, 0)
+
+
+def _p_tuning(trial: Trial, shape: Shape) -> Added:
+    """Embeddings of the virtual tokens and PEFT's encoder: an MLP of two hidden layers, or an LSTM and such an MLP."""
+    tokens, hidden, width = _room(trial, shape), shape.hidden_size, _setting(trial, "encoder_hidden_size")
+    size = tokens * hidden
+    if _setting(trial, "encoder") == "mlp":
+        return Added(size + _dense(hidden, width) + _dense(width, width) + _dense(width, hidden), 0, 0)
+    layers = _setting(trial, "encoder_layers")
+    for layer in range(layers):
+        inputs = hidden if layer == 0 else 2 * width
+        size += 2 * (4 * width * (inputs + width) + 8 * width)  # both directions, four gates, two biases
+    return Added(size + _dense(2 * width, 2 * width) + _dense(2 * width, hidden), 0, 0)
+
+
+def _prefix(trial: Trial, shape: Shape) -> Added:
+    """A key and a value per layer and virtual token; with a projection these are made from embeddings by an MLP."""
+    tokens, keys = _room(trial, shape), 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+    if not _setting(trial, "projection"):
+        return Added(tokens * keys, 0, 0)
+    width, inputs = _setting(trial, "encoder_hidden_size"), shape.num_kv_heads * shape.head_dim
+    return Added(tokens * inputs + _dense(inputs, width) + _dense(width, keys), 0, 0)
+
+
+def _room(trial: Trial, shape: Shape) -> int:
+    tokens: int = _setting(trial, "virtual_tokens")
+    if tokens >= shape.max_positions:
+        rule = f"must be < {shape.max_positions}, the positions of {trial.model.name}, got {tokens}"
+        raise InputError(Problem("method.virtual_tokens", rule))
+    return tokens
+
+
+def _dense(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def _bottleneck(trial: Trial, shape: Shape) -> Added:
+    """Down and up projection with their biases: 2 d m + m + d, once or twice per layer, m = d / reduction_factor."""
+    size = shape.hidden_size // _setting(trial, "reduction_factor")
+    if size < 1:
+        rule = f"must be <= {shape.hidden_size}, the hidden size of {trial.model.name}"
+        raise InputError(Problem("method.reduction_factor", f"{rule}, got {_setting(trial, 'reduction_factor')}"))
+    sites = 2 if _setting(trial, "style") == "houlsby" else 1
+    return Added(shape.num_layers * sites * (_dense(shape.hidden_size, size) + _dense(size, shape.hidden_size)), 0, 0)
+
+
+def _setting(trial: Trial, name: str) -> Any:
+    return getattr(trial.method, name)
+
+
+def _all(trial: Trial, shape: Shape, base: int) -> int:
+    return base
+
+
+def _galore(trial: Trial, shape: Shape, base: int) -> int:
+    """All of them; every projected matrix must be at least as wide as the rank."""
+    problems = [
+        Problem("rank", f"must be <= {width}, the smaller side of {module.name}, got {trial.rank}")
+        for module in _modules(trial)
+        if trial.rank > (width := min(module.in_features, module.out_features))
+    ]
+    if problems:
+        raise InputError(problems[:1])
+    return base
+
+
+def _freeze(trial: Trial, shape: Shape, base: int) -> int:
+    last, names = _setting(trial, "last_layers"), _setting(trial, "modules")
+    _check_layers("method.last_layers", last, shape, trial)
+    modules = modules_of(shape)
+    layers = {module.name: layer_of(module.name) for module in modules}
+    chosen = {name for name, layer in layers.items() if layer is not None and layer >= shape.num_layers - last}
+    problems = []
+    for name in names:
+        matched = [module.name for module in modules if _lies_in(module.name, name)]
+        chosen.update(matched)
+        if not matched:
+            ends = list(dict.fromkeys(module.name.rpartition(".")[2] for module in modules))
+            problems.append(Problem("method.modules", f'"{name}" matches no module' + nearest(name, ends)))
+    if problems:
+        raise InputError(problems)
+    own = _own_modules(trial, shape)
+    if len(own) < len(modules):  # tied: who names the head names the embedding
+        chosen |= {one.name for one in own if one.parts == ("embedding",) and modules[-1].name in chosen}
+    return sum(module.parameters for module in own if module.name in chosen)
+
+
+def _lies_in(module_name: str, name: str) -> bool:
+    """Whether the module, or one around it, is what `name` says (`mlp`, `model.layers.0`, `lm_head`)."""
+    steps = module_name.split(".")
+    return any(name_matches(".".join(steps[:end]), name) for end in range(1, len(steps) + 1))
+
+
+def _lisa(trial: Trial, shape: Shape, base: int) -> int | None:
+    _check_layers("method.layers", _setting(trial, "layers"), shape, trial)
+    weights = _setting(trial, "weights")
+    if weights and len(weights) != shape.num_layers:
+        rule = f"expected a probability for each of the {shape.num_layers} layers, got {len(weights)}"
+        raise InputError(Problem("method.weights", rule))
+    if _setting(trial, "probabilities") != "uniform":
+        return None
+    modules = _own_modules(trial, shape)
+    always = sum(module.parameters for module in modules if layer_of(module.name) is None)
+    layer: int = sum(module.parameters for module in modules if layer_of(module.name) == 0)
+    return always + int(_setting(trial, "layers")) * layer
+
+
+def _own_modules(trial: Trial, shape: Shape) -> list[Module]:
+    """Every module once: a tied head is the embedding."""
+    tied = is_tied(shape, tie_embeddings=trial.model.tie_embeddings)
+    return [module for module in modules_of(shape) if not (tied and module.parts == ("head",))]
+
+
+def _check_layers(where: str, layers: int, shape: Shape, trial: Trial) -> None:
+    if layers > shape.num_layers:
+        rule = f"must be <= {shape.num_layers}, the layers of {trial.model.name}, got {layers}"
+        raise InputError(Problem(where, rule))
+
+
+_ADDED: Mapping[str, Callable[[Trial, Shape], Added]] = MappingProxyType(
+    {
+        "lora": _lora,
+        "rslora": _lora,
+        "dora": _dora,
+        "pissa": _lora,
+        "olora": _lora,
+        "lora_plus": _lora,
+        "adalora": _adalora,
+        "ia3": _ia3,
+        "prompt_tuning": _prompt,
+        "p_tuning": _p_tuning,
+        "prefix_tuning": _prefix,
+        "bottleneck": _bottleneck,
+        "mov": _mov,
+        "molora": _same_experts,
+        "loramoe": _same_experts,
+        "mola": _mola,
+    }
+)
+_TRAINED: Mapping[str, Callable[[Trial, Shape, int], int | None]] = MappingProxyType(
+    {"full": _all, "freeze": _freeze, "lisa": _lisa, "galore": _galore}
+)
