@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_lab.plan import shapes
-from lora_lab.plan.method_counts import Added, added_parameters, trained_weights
+from lora_lab.plan.method_counts import Added, added_parameters
+from lora_lab.plan.weight_counts import trained_weights
 from lora_lab.schema.trial import Trial
 
 

@@ -1,7 +1,7 @@
-"""What each method adds to a model or trains of it, in parameters, by arithmetic from the shape.
+"""What each method adds to a model, in parameters, by arithmetic from the shape.
 
 A LoRA pair on a layer with `in` inputs and `out` outputs holds rank (in + out) numbers (Hu et al. 2021); on an
-embedding in = vocabulary and out = hidden size, as in PEFT. One row per method in the two tables at the end.
+embedding in = vocabulary and out = hidden size, as in PEFT. One row per method in the table at the end.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.errors import InputError, Problem
 from lora_lab.plan.layer_groups import layer_of, per_layer
-from lora_lab.plan.shapes import Module, is_tied, modules_of
+from lora_lab.plan.shapes import Module
 from lora_lab.plan.targets import activation_suffixes, name_matches, selected_modules
 from lora_lab.schema.model import Shape
 from lora_lab.schema.trial import Trial
@@ -32,39 +32,24 @@ def added_parameters(trial: Trial, shape: Shape) -> Added:
     return _ADDED[trial.method.kind](trial, shape)
 
 
-def trained_weights(trial: Trial, shape: Shape, base: int) -> int | None:
-    """How many of the `base` weights are trained at a time; None where that number is drawn anew each period.
-
-    Raises:
-        InputError: layers or names that the shape does not have.
-    """
-    return _TRAINED[trial.method.kind](trial, shape, base)
-
-
-def rank_of_layers(trial: Trial, shape: Shape | None) -> Mapping[int, int]:
+def rank_of_layers(trial: Trial, *, num_layers: int) -> Mapping[int, int]:
     """Layer -> rank, where `method.rank_factors` gives groups of layers ranks of their own; empty without factors.
 
     Raises:
-        InputError: a factor that makes no whole rank >= 1, or one beyond the hidden size; more factors than layers.
+        InputError: a factor that makes no whole rank >= 1; more factors than layers.
     """
     factors = getattr(trial.method, "rank_factors", ())
-    if not factors or shape is None:
-        return {}
     ranks = [trial.rank * factor for factor in factors]
     problems = [
-        Problem(
-            f"method.rank_factors.{index}", f"rank {trial.rank} x {factors[index]:g} = {rank:g} is no whole rank >= 1"
-        )
-        for index, rank in enumerate(ranks)
+        Problem("method.rank_factors", f"rank {trial.rank} x {factor:g} = {rank:g} is no whole rank >= 1")
+        for factor, rank in zip(factors, ranks, strict=True)
         if rank < 1 or rank != int(rank)
     ]
-    if not problems and max(ranks) > shape.hidden_size:
-        problems = [
-            Problem("method.rank_factors", f"rank {max(ranks):g} is beyond the hidden size {shape.hidden_size}")
-        ]
     if problems:
         raise InputError(problems)
-    return dict(enumerate(map(int, per_layer(ranks, shape.num_layers, where="method.rank_factors"))))
+    if not factors:
+        return {}
+    return dict(enumerate(map(int, per_layer(ranks, num_layers, where="method.rank_factors"))))
 
 
 def _modules(trial: Trial) -> tuple[Module, ...]:
@@ -79,7 +64,10 @@ def _widths(modules: tuple[Module, ...]) -> tuple[int, int]:
 
 
 def _pairs(trial: Trial, shape: Shape) -> int:
-    modules, ranks = _modules(trial), rank_of_layers(trial, shape)
+    modules, ranks = _modules(trial), rank_of_layers(trial, num_layers=shape.num_layers)
+    if max(ranks.values(), default=0) > shape.hidden_size:
+        rule = f"rank {max(ranks.values())} is beyond the hidden size {shape.hidden_size}"
+        raise InputError(Problem("method.rank_factors", rule))
     if not ranks:
         return trial.rank * sum(_widths(modules))
     layers = [(module, layer_of(module.name)) for module in modules]
@@ -91,6 +79,12 @@ def _pairs(trial: Trial, shape: Shape) -> int:
 
 def _lora(trial: Trial, shape: Shape) -> Added:
     return Added(_pairs(trial, shape), 0, 0)
+
+
+def _decomposed(trial: Trial, shape: Shape) -> Added:
+    """The frozen start that is subtracted is as large as the adapter."""
+    pairs = _pairs(trial, shape)
+    return Added(pairs, 0, pairs)
 
 
 def _dora(trial: Trial, shape: Shape) -> Added:
@@ -205,82 +199,13 @@ def _setting(trial: Trial, name: str) -> Any:
     return getattr(trial.method, name)
 
 
-def _all(trial: Trial, shape: Shape, base: int) -> int:
-    return base
-
-
-def _galore(trial: Trial, shape: Shape, base: int) -> int:
-    """All of them; every projected matrix must be at least as wide as the rank."""
-    problems = [
-        Problem("rank", f"must be <= {width}, the smaller side of {module.name}, got {trial.rank}")
-        for module in _modules(trial)
-        if trial.rank > (width := min(module.in_features, module.out_features))
-    ]
-    if problems:
-        raise InputError(problems[:1])
-    return base
-
-
-def _freeze(trial: Trial, shape: Shape, base: int) -> int:
-    last, names = _setting(trial, "last_layers"), _setting(trial, "modules")
-    _check_layers("method.last_layers", last, shape, trial)
-    modules = modules_of(shape)
-    layers = {module.name: layer_of(module.name) for module in modules}
-    chosen = {name for name, layer in layers.items() if layer is not None and layer >= shape.num_layers - last}
-    problems = []
-    for name in names:
-        matched = [module.name for module in modules if _lies_in(module.name, name)]
-        chosen.update(matched)
-        if not matched:
-            ends = list(dict.fromkeys(module.name.rpartition(".")[2] for module in modules))
-            problems.append(Problem("method.modules", f'"{name}" matches no module' + nearest(name, ends)))
-    if problems:
-        raise InputError(problems)
-    own = _own_modules(trial, shape)
-    if len(own) < len(modules):  # tied: who names the head names the embedding
-        chosen |= {one.name for one in own if one.parts == ("embedding",) and modules[-1].name in chosen}
-    return sum(module.parameters for module in own if module.name in chosen)
-
-
-def _lies_in(module_name: str, name: str) -> bool:
-    """Whether the module, or one around it, is what `name` says (`mlp`, `model.layers.0`, `lm_head`)."""
-    steps = module_name.split(".")
-    return any(name_matches(".".join(steps[:end]), name) for end in range(1, len(steps) + 1))
-
-
-def _lisa(trial: Trial, shape: Shape, base: int) -> int | None:
-    _check_layers("method.layers", _setting(trial, "layers"), shape, trial)
-    weights = _setting(trial, "weights")
-    if weights and len(weights) != shape.num_layers:
-        rule = f"expected a probability for each of the {shape.num_layers} layers, got {len(weights)}"
-        raise InputError(Problem("method.weights", rule))
-    if _setting(trial, "probabilities") != "uniform":
-        return None
-    modules = _own_modules(trial, shape)
-    always = sum(module.parameters for module in modules if layer_of(module.name) is None)
-    layer: int = sum(module.parameters for module in modules if layer_of(module.name) == 0)
-    return always + int(_setting(trial, "layers")) * layer
-
-
-def _own_modules(trial: Trial, shape: Shape) -> list[Module]:
-    """Every module once: a tied head is the embedding."""
-    tied = is_tied(shape, tie_embeddings=trial.model.tie_embeddings)
-    return [module for module in modules_of(shape) if not (tied and module.parts == ("head",))]
-
-
-def _check_layers(where: str, layers: int, shape: Shape, trial: Trial) -> None:
-    if layers > shape.num_layers:
-        rule = f"must be <= {shape.num_layers}, the layers of {trial.model.name}, got {layers}"
-        raise InputError(Problem(where, rule))
-
-
 _ADDED: Mapping[str, Callable[[Trial, Shape], Added]] = MappingProxyType(
     {
         "lora": _lora,
         "rslora": _lora,
         "dora": _dora,
-        "pissa": _lora,
-        "olora": _lora,
+        "pissa": _decomposed,
+        "olora": _decomposed,
         "lora_plus": _lora,
         "adalora": _adalora,
         "ia3": _ia3,
@@ -293,7 +218,4 @@ _ADDED: Mapping[str, Callable[[Trial, Shape], Added]] = MappingProxyType(
         "loramoe": _same_experts,
         "mola": _mola,
     }
-)
-_TRAINED: Mapping[str, Callable[[Trial, Shape, int], int | None]] = MappingProxyType(
-    {"full": _all, "freeze": _freeze, "lisa": _lisa, "galore": _galore}
 )
