@@ -12,8 +12,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
+from lora_lab.adapters.lora_experts import LoraExpertsConfig, LoraExpertsModel
+
 # name -> (configuration, model): filled by the rows below.
-_OWN: dict[str, tuple[type[Any], type[Any]]] = {}
+_OWN: dict[str, tuple[type[Any], type[Any]]] = {
+    "lora_experts": (LoraExpertsConfig, LoraExpertsModel),
+}
 
 
 def add_peft_type(name: str) -> PeftType:
