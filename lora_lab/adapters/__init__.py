@@ -1,4 +1,7 @@
-"""Adapters on a model. PEFT is told of the lab's own kinds before any file of theirs is run: each of them imports PEFT,
-and that import (`lora_lab.peft_hook`) asks for all of them whole."""
+"""Adapters on a model.
 
-import lora_lab.adapters.peft_types  # noqa: F401
+PEFT first: once it is loaded, `peft_types` registers the lab's own kinds, which are modules of this package. Were one of
+them the first to import PEFT, it would be asked for its classes before it has them.
+"""
+
+import peft  # noqa: F401
