@@ -54,12 +54,13 @@ def _adalora(base_model: Any, trial: Trial, surroundings: Surroundings) -> PeftC
 
 def _ia3(base_model: Any, trial: Trial, _: Surroundings) -> PeftConfig:
     targets = find_targets(base_model, trial.target, kind="ia3")
+    named = named_base(base_model, trial)
     return ia3_config(
         targets,
-        ia3_sites(base_model, targets),
+        feedforward=ia3_sites(base_model, targets),
         fan_in_fan_out=is_transposed(base_model, targets[0]),
-        base_model_name_or_path=named_base(base_model, trial)["base_model_name_or_path"],
-        revision=named_base(base_model, trial)["revision"],
+        base_model_name_or_path=named["base_model_name_or_path"],
+        revision=named["revision"],
     )
 
 
