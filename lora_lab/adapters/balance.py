@@ -24,8 +24,8 @@ def load_balancing_loss(entries: Mapping[str, Routed], mask: torch.Tensor) -> to
 
     f_i: share of the kept places (real tokens x k) that expert i got, a constant for the gradient. P_i: mean
     probability of expert i over the real tokens, before the top k are taken. Each router's value is 1 when both are
-    uniform, its gradient zero where every expert is kept (f is uniform then). Fedus et al. 2021, arXiv 2101.03961, eq. 4
-    to 6, for top k instead of top 1; the weight in MoLA's released code is 0.001.
+    uniform, its gradient zero where every expert is kept (f is uniform then). Fedus et al. 2021, arXiv 2101.03961,
+    eq. 4 to 6, for top k instead of top 1; the weight in MoLA's released code is 0.001.
 
     entries: routers by full module name; those whose names agree up to the first number are one layer.
     mask: [sequences, tokens], 1 for a real token.
@@ -70,10 +70,10 @@ def localized_balancing_loss(
     "variance_over_squared_mean", the released code's squared coefficient of variation, (mean^2 + 1e-10) below. The
     variance is the unbiased one in both, as in the code; a single number has none: the loss is 0.
 
-    As an objective of its own the constraint is smallest, 0, where all of Z is equal: then the group of a sample's own
-    type gets (1 - delta) / 2 of its weight and the other one (1 + delta) / 2. So it does not pull samples towards their
-    group, whatever the paper's text leads one to expect; between experts of one group it balances. The released run
-    script trains with weight 0 and delta 0.
+    The constraint balances between experts of one group. Between groups it is smallest, 0, where all of Z is equal: the
+    group of a sample's own type then gets (1 - delta) / 2 of its weight and the other (1 + delta) / 2. So by itself it
+    pulls samples slightly away from the group of their type, not towards it as the paper describes; what separates the
+    groups has to come from the language-model loss. The released run script trains with weight 0 and delta 0.
 
     Raises:
         ValueError: sizes that do not fit, delta outside 0 <= delta <= 1, an unknown form.

@@ -130,7 +130,7 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT
             self.routing_log.note(self.routing_name, probabilities, weights)
         inputs = self.lora_dropout[name](self._cast_input_dtype(x, down.dtype))
         hidden = F.linear(inputs, down.flatten(0, 1))
-        hidden = hidden.view(*weights.shape, -1) * weights.to(hidden.dtype).unsqueeze(-1)  # [..., n, r]
+        hidden = hidden.reshape(*weights.shape, self.r[name]) * weights.to(hidden.dtype).unsqueeze(-1)  # [..., n, r]
         return F.linear(hidden.flatten(-2), up.transpose(0, 1).flatten(1)) * self.scaling[name]
 
 
