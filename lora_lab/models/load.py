@@ -27,7 +27,14 @@ from lora_lab.errors import IdentityError, InputError, MachineError, Problem
 from lora_lab.models.embedded import embedded_folder
 from lora_lab.models.folders import check_model_folder
 from lora_lab.models.hub import hub_folder
-from lora_lab.models.packed import PackedWeights, keep_packed_layout, measure_packed
+from lora_lab.models.packed import (
+    OUTLIER_THRESHOLD,
+    PackedWeights,
+    is_eight_bit,
+    is_four_bit,
+    keep_packed_layout,
+    measure_packed,
+)
 from lora_lab.models.quiet import quiet_transformers
 from lora_lab.models.random import random_folder
 from lora_lab.plan.folder import shape_from_config
@@ -54,7 +61,7 @@ class LoadedBase:
 
     facts: model_folder, precision, attention, tied_embeddings, base_parameters, dropouts_set_to_0, pad_token_id,
     pad_is_eos (harmless: masks decide what counts), quantization (None, or kind, double_quantization, tensors,
-    parameters, packed_bytes, constant_bytes, code_book_bytes, bits_per_parameter, all measured).
+    parameters, packed_bytes, constant_bytes, code_book_bytes, outlier_threshold, bits_per_parameter, all measured).
     """
 
     model: Any
@@ -81,7 +88,7 @@ def load_base(
         tokenizer = _tokenizer(model, folder)
         network, dropouts = _network(folder, precision=precision, quantization=quantization, device=device)
     _set_embeddings(network, model)
-    keep_packed_layout(network)
+    _fix_arithmetic(network, quantization)
     network.requires_grad_(False)
     network.config.use_cache = False
     _set_names(network, model)
@@ -153,6 +160,10 @@ def _tokenizer(model: Model, folder: Path) -> Any:
 def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
     if quantization.kind == "none":
         return None
+    if quantization.kind == "int8":
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD, llm_int8_skip_modules=["lm_head"]
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.kind,
@@ -160,6 +171,16 @@ def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=["lm_head"],  # transformers' name for it, also for 4-bit
     )
+
+
+def _fix_arithmetic(network: Any, quantization: Quantization) -> None:
+    """Quantized layers compute the same function in training and in evaluation."""
+    if quantization.kind == "int8":
+        from lora_lab.models.int8 import use_one_product  # imports bitsandbytes, which only quantized bases need
+
+        use_one_product(network)
+    elif quantization.kind != "none":
+        keep_packed_layout(network)
 
 
 def _set_embeddings(network: Any, model: Model) -> None:
@@ -227,4 +248,5 @@ def _check_precision(precision: str, device: torch.device) -> None:
 
 
 def _plain_parameters(network: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in network.parameters() if not hasattr(parameter, "quant_state")]
+    packed = {id(module.weight) for module in network.modules() if is_four_bit(module) or is_eight_bit(module)}
+    return [parameter for parameter in network.parameters() if id(parameter) not in packed]

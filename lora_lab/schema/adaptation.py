@@ -15,7 +15,11 @@ PARTS = ("query", "key", "value", "projection", "mlp", "head", "embedding")
 
 
 class Quantization(Section):
-    """4-bit storage of the frozen linear layers by bitsandbytes (QLoRA, Dettmers et al. 2023)."""
+    """Storage of the frozen linear layers by bitsandbytes, the head not among them.
+
+    nf4, fp4: 4 bits and a scale per block of 64 weights (QLoRA, Dettmers et al. 2023); double_quantization: these
+    scales in 8 bits. int8: 8 bits and a scale per output, products by LLM.int8 (Dettmers et al. 2022).
+    """
 
     kind: QuantizationKind
     double_quantization: bool
@@ -24,6 +28,11 @@ class Quantization(Section):
     def _double_needs_a_kind(self) -> Quantization:
         if self.kind == "none" and self.double_quantization:
             raise ValueError("double_quantization=true needs quantization=nf4 or quantization=fp4")
+        if self.kind == "int8" and self.double_quantization:
+            raise ValueError(
+                "int8 has one scale per output and no scales of blocks that could be quantized again; "
+                "double_quantization=true needs quantization=nf4 or quantization=fp4"
+            )
         return self
 
 

@@ -11,7 +11,7 @@ import torch
 from lora_lab.adapters.attach import attach
 from lora_lab.models.load import load_base
 from lora_lab.models.packed import measure_packed, packed_layers
-from lora_lab.plan.quantized import quantized_bytes
+from lora_lab.plan.quantized import quantized_bytes, stored_bytes
 from tests.conftest import MakeTrial
 
 # QLoRA, Dettmers et al. 2023, arXiv 2305.14314, appendix E.
@@ -33,6 +33,15 @@ PUBLISHED_NF4 = [
     0.7229568362236023,
     1.0,
 ]
+# bitsandbytes' FP4: a sign, two bits of exponent e, one of mantissa m, over the largest value. It has 0.0625 where the
+# usual E2M1 has its subnormal 1 (0.5 in its own scale); QLoRA lists no values.
+FP4 = [
+    sign * (0.0625 * m if e == 0 else (1 + m / 2) * 2 ** (4 - e)) / 12
+    for sign in (1, -1)
+    for e in (0, 1, 2, 3)
+    for m in (0, 1)
+]
+LEVELS = {"nf4": PUBLISHED_NF4, "fp4": FP4}
 IDS = torch.arange(24).reshape(2, 12)
 
 
@@ -69,19 +78,26 @@ def test_code_book_is_the_published_one(make_trial: MakeTrial, cache: Path) -> N
         assert layer.weight.quant_state.code.tolist() == PUBLISHED_NF4
 
 
+def test_fp4_code_book_is_a_float_of_four_bits(make_trial: MakeTrial, cache: Path) -> None:
+    _, base = load(make_trial, cache, "quantization=fp4")
+    for _, layer in packed_layers(base.model):
+        assert torch.equal(layer.weight.quant_state.code, torch.tensor(FP4))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [False, True])
-def test_each_weight_becomes_its_nearest_level(make_trial: MakeTrial, cache: Path, double: bool) -> None:
+def test_each_weight_becomes_its_nearest_level(make_trial: MakeTrial, cache: Path, double: bool, kind: str) -> None:
     """A block's scale is its largest magnitude; each weight over that scale goes to the nearest of the 16 levels."""
     _, plain = load(make_trial, cache)
-    _, base = load(make_trial, cache, "quantization=nf4", f"quantization.double_quantization={str(double).lower()}")
-    levels = torch.tensor(PUBLISHED_NF4)
+    _, base = load(make_trial, cache, f"quantization={kind}", f"quantization.double_quantization={str(double).lower()}")
+    levels = torch.tensor(LEVELS[kind])
     for name, layer in packed_layers(base.model):
         blocks = plain.model.get_submodule(name).weight.reshape(-1, 64)
         scales = blocks.abs().max(dim=1, keepdim=True).values
         nearest = (blocks / scales)[:, :, None].sub(levels).abs().argmin(dim=2)
         packed = layer.weight.data.reshape(-1)
         nibbles = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1, 64).long()
-        assert torch.equal(nibbles, nearest)
+        assert torch.equal(levels[nibbles], levels[nearest])  # FP4 has two zeros
         if not double:
             assert torch.equal(dequantized_by_hand(layer).reshape(-1, 64), levels[nearest] * scales)
 
@@ -137,7 +153,8 @@ def test_bytes_equal_the_plan(make_trial: MakeTrial, cache: Path, kind: str, dou
         "model.shape.num_kv_heads=4",
         "model.shape.mlp_size=120",
     )
-    planned = quantized_bytes(trial.model.shape, double_quantization=double)
+    planned = stored_bytes(trial.model.shape, trial.quantization)
+    assert planned == quantized_bytes(trial.model.shape, double_quantization=double)
     measured = base.facts["quantization"]
     assert (measured["kind"], measured["double_quantization"]) == (kind, double)
     assert measured["parameters"] == planned.parameters
@@ -167,6 +184,14 @@ def test_head_is_plain_whether_tied_or_not(make_trial: MakeTrial, cache: Path, t
         f"model.tie_embeddings={tie}",
     )
     assert type(base.model.get_output_embeddings()) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(("double", "bits"), [(False, 0.5), (True, 0.127)])
+def test_published_bits_of_constants(make_trial: MakeTrial, double: bool, bits: float) -> None:
+    """QLoRA, section 3: 32/64 = 0.5 bits per parameter, 8/64 + 32/(64 x 256) = 0.127 with double quantization."""
+    shape = make_trial("model=smollm2_135m").model.shape
+    planned = quantized_bytes(shape, double_quantization=double)
+    assert round(8 * planned.constant_bytes / planned.parameters, 3) == bits
 
 
 @pytest.mark.model
