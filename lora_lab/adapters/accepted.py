@@ -20,6 +20,9 @@ from peft import (
     PromptTuningConfig,
 )
 
+from lora_lab.adapters.bottleneck import BottleneckConfig
+from lora_lab.adapters.lora_experts import LoraExpertsConfig
+from lora_lab.adapters.mov import MovConfig
 from lora_lab.adapters.setting_rules import (
     Rule,
     anything,
@@ -114,7 +117,7 @@ _PROMPT: Mapping[str, Rule] = MappingProxyType(
     }
 )
 
-# The lab's own kinds join with a row here (and are registered with PEFT in `adapters.peft_types`).
+# The lab's own kinds at the end are registered with PEFT in `adapters.peft_types`.
 ACCEPTED: Mapping[str, Accepted] = MappingProxyType(
     {
         "LORA": Accepted(
@@ -192,6 +195,47 @@ ACCEPTED: Mapping[str, Accepted] = MappingProxyType(
                 "init_weights": one_of("zero", None),
             },
             of_model=_OF_MODEL,
+        ),
+        "BOTTLENECK": Accepted(
+            BottleneckConfig,
+            {
+                "target_modules": names,
+                "modules_to_save": optional_names,
+                "bias": one_of("none", None),
+                "bottleneck_size": count,
+                "bottleneck_dropout": share,
+                "activation": one_of("relu", "gelu", "silu", "tanh"),
+                "placement": one_of("output", "parallel"),
+                "scaling": positive,
+                "hidden_size": optional_count,
+            },
+        ),
+        "MOV": Accepted(
+            MovConfig,
+            {
+                "target_modules": names,
+                "feedforward_modules": optional_names,
+                "modules_to_save": optional_names,
+                "fan_in_fan_out": flag,
+                "num_experts": count,
+                "router_input": one_of("site_input", "site_output"),
+            },
+        ),
+        "LORA_EXPERTS": Accepted(
+            LoraExpertsConfig,
+            {
+                "r": count,
+                "lora_alpha": positive,
+                "lora_dropout": share,
+                "target_modules": names,
+                "modules_to_save": optional_names,
+                "fan_in_fan_out": flag,
+                "bias": one_of("none", None),
+                "num_experts": count,
+                "expert_pattern": by_name(count),
+                "top_k": optional_count,
+                "router_init": one_of("normal", "kaiming"),
+            },
         ),
     }
 )

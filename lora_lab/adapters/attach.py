@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lora_lab.adapters.adalora import BudgetSchedule
+from lora_lab.adapters.adalora import BudgetSchedule, freeze_rank_numbers
 from lora_lab.adapters.auxiliary import auxiliary_of
 from lora_lab.adapters.base_weights import train_only
 from lora_lab.adapters.configs import Surroundings, adapter_config
@@ -25,8 +25,10 @@ from lora_lab.adapters.course import Auxiliary, Course
 from lora_lab.adapters.decomposed import start_from_weights
 from lora_lab.adapters.dropout import DropoutClock, SeededDropout
 from lora_lab.adapters.lora import check_magnitudes
+from lora_lab.adapters.prompts import start_prompt
 from lora_lab.adapters.routing import RoutingTotals
 from lora_lab.errors import InputError, Problem
+from lora_lab.schema.method import PROMPT_KINDS
 from lora_lab.schema.trial import Trial
 from lora_lab.schema.weight_methods import Freeze
 
@@ -104,8 +106,12 @@ def attach(
             model = get_peft_model(base_model, config, adapter_name=name)
         if trial.method.kind in _DECOMPOSED:
             start_from_weights(model, name, config, kind=trial.method.kind)
+        if trial.method.kind in PROMPT_KINDS:
+            start_prompt(model, name, text=getattr(trial.method, "init_text", None), tokenizer=tokenizer)
     if trial.method.kind == "dora":
         check_magnitudes(model, name)
+    if trial.method.kind == "adalora":
+        freeze_rank_numbers(model, name)
     clock = DropoutClock(seed=trial.seeds.dropout, step=0, micro_batch=0) if _has_dropout(trial) else None
     if clock is not None:
         _seed_dropouts(model, name=name, p=trial.dropout, clock=clock)

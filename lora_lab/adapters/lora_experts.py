@@ -49,7 +49,7 @@ class LoraExpertsConfig(PeftConfig):  # type: ignore[misc]  # PEFT is untyped
     r: int
     lora_alpha: float
     num_experts: int
-    top_k: int | None
+    top_k: int | None = None
     router_init: RouterInit
     target_modules: Any
     lora_dropout: float = 0.0

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from lora_lab.adapters.accepted import ACCEPTED
+from lora_lab.adapters.decomposed import START, as_plain_lora
 from lora_lab.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from lora_lab.adapters.prompts import match_precision
 from lora_lab.adapters.pruned_ranks import cut_layers, pruned_state
@@ -38,7 +39,8 @@ def save_adapter(model: Any, folder: Path, *, name: str = "default") -> int:
     """Writes adapter `name` to `folder`, complete or not at all, and returns the bytes on disk.
 
     Of p-tuning and a projected prefix the computed virtual tokens are written, not the encoder that made them (PEFT's
-    format). A model without adapters (method=full) is what was trained itself: all its weights are written.
+    format), and a pissa or olora as the plain LoRA that it is with its start. A model without adapters (method=full) is
+    what was trained itself: all its weights are written.
 
     Raises:
         InputError: the folder is there already, or weights are not finite.
@@ -76,6 +78,9 @@ def _as_on_disk(model: PeftModel, name: str) -> tuple[PeftConfig, dict[str, Tens
         else:
             # An adapter on the embedding is no reason to save the embedding: it has not changed.
             weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+            if START in model.peft_config and name != START:
+                start = get_peft_model_state_dict(model, adapter_name=START, save_embedding_layers=False)
+                config, weights = as_plain_lora(config, weights, start)
     return config, {
         key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()
     }
@@ -118,6 +123,14 @@ def load_adapter(base_model: Any, folder: Path, *, name: str = "default") -> Pef
         model.peft_config[name].rank_pattern = settings.get("rank_pattern")
     before.freeze_the_rest(model)
     return model.eval()
+
+
+def load_adapter_weights(model: PeftModel, folder: Path, *, name: str = "default") -> None:
+    """Gives adapter `name` of `model` the weights of `folder`, to go on with; raises InputError as `load_adapter`."""
+    settings, tensors = read_adapter(folder)
+    if problems := _differences(model, name, settings, tensors):
+        raise InputError([Problem(str(folder / WEIGHTS_FILE), problem) for problem in problems])
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 
 def _with_place_for(base_model: Any, settings: Mapping[str, Any], name: str) -> PeftModel:

@@ -85,7 +85,7 @@ def _facts(request: Request) -> Facts | None:
 
 
 def _parents(trial: Trial, lab: Lab, facts: Facts | None) -> dict[str, str]:
-    """Fingerprints of the runs that a trial is built on: none for most, and for one with problems in what decides it."""
+    """Fingerprints of the runs that a trial is built on: none for most, nor where what decides it has problems."""
     has = trial.model_fields_set
     builds = "method" in has and (
         isinstance(trial.method, Lisa) or ("init_from" in has and trial.init_from is not None)
