@@ -58,7 +58,7 @@ def adalora_config(base_model: Any, trial: Trial, *, steps: int) -> AdaLoraConfi
 
 
 def freeze_rank_numbers(model: Any, name: str) -> None:
-    """PEFT keeps the rank of each matrix as a parameter, which it sets trainable where it casts a bf16 base's adapter."""
+    """PEFT keeps the rank of each matrix as a parameter, and sets it trainable where it casts a bf16 base's adapter."""
     for key, parameter in model.named_parameters():
         if key.endswith(f"ranknum.{name}"):
             parameter.requires_grad_(False)

@@ -8,7 +8,7 @@ in `adapters.base_weights` and `adapters.lisa`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from lora_lab.adapters.configs import Surroundings, adapter_config
 from lora_lab.adapters.course import Auxiliary, Course
 from lora_lab.adapters.decomposed import start_from_weights
 from lora_lab.adapters.dropout import DropoutClock, SeededDropout
+from lora_lab.adapters.lisa import Lisa
 from lora_lab.adapters.lora import check_magnitudes
 from lora_lab.adapters.prompts import start_prompt
 from lora_lab.adapters.routing import RoutingTotals
@@ -31,6 +32,7 @@ from lora_lab.errors import InputError, Problem
 from lora_lab.schema.method import PROMPT_KINDS
 from lora_lab.schema.trial import Trial
 from lora_lab.schema.weight_methods import Freeze
+from lora_lab.schema.weight_methods import Lisa as LisaMethod
 
 _DECOMPOSED = ("pissa", "olora")
 
@@ -54,7 +56,7 @@ class Attached:
     def changed_after(self, steps: int) -> list[str]:
         """Names of the parameters that training of this many steps may have changed."""
         course: Any = self.course
-        return course.ever_trained(steps) if False else [name for name, _ in self.trained]
+        return course.ever_trained(steps) if isinstance(course, Lisa) else [name for name, _ in self.trained]
 
 
 class ParameterCounts(NamedTuple):
@@ -79,21 +81,27 @@ def _elements(parameter: nn.Parameter) -> int:
 
 
 def attach(
-    base_model: Any, trial: Trial, *, name: str = "default", tokenizer: Any | None = None, steps: int | None = None
+    base_model: Any,
+    trial: Trial,
+    *,
+    name: str = "default",
+    tokenizer: Any | None = None,
+    steps: int | None = None,
+    probabilities: Sequence[float] | None = None,
 ) -> Attached:
     """Makes `base_model` ready to train by `trial.method`.
 
     Initial weights follow from `trial.seeds.init` alone, global random state is left as it was. A model that carries
     adapters already (a PeftModel) gets one more under `name`, not yet active.
     `trial.dropout` acts on the inputs of linear layers; an adapter on an embedding has none, as in PEFT.
-    tokenizer, steps: see `Surroundings`.
+    tokenizer, steps: see `Surroundings`. probabilities: of LISA's layers, where they come from logs of other runs.
 
     Raises:
         InputError: the method does not fit the model, the base is quantized and its own weights are to be trained, or
             DoRA meets an output whose weights are all zero (it divides by their norm).
     """
     if not trial.method.has_adapter:
-        return _attach_to_weights(base_model, trial)
+        return _attach_to_weights(base_model, trial, probabilities)
     inner = base_model.get_base_model() if isinstance(base_model, PeftModel) else base_model
     config = adapter_config(inner, trial, Surroundings(tokenizer, steps))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -134,7 +142,7 @@ def _trainable(model: nn.Module) -> tuple[tuple[str, nn.Parameter], ...]:
     return tuple((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def _attach_to_weights(base_model: Any, trial: Trial) -> Attached:
+def _attach_to_weights(base_model: Any, trial: Trial, probabilities: Sequence[float] | None) -> Attached:
     method = trial.method
     if method.trains == "weights" and getattr(base_model, "is_quantized", False):
         rule = f"{method.kind} cannot train quantized weights; use an adapter such as method=lora"
@@ -142,7 +150,18 @@ def _attach_to_weights(base_model: Any, trial: Trial) -> Attached:
     base_model.requires_grad_(method.trains == "weights")
     if isinstance(method, Freeze):
         train_only(base_model, method.last_layers, method.modules)
-    return Attached(base_model, trained=_trainable(base_model))
+    trained = _trainable(base_model)
+    return Attached(base_model, trained=trained, course=_lisa(base_model, trial, probabilities))
+
+
+def _lisa(model: Any, trial: Trial, probabilities: Sequence[float] | None) -> Course | None:
+    method = trial.method
+    if not isinstance(method, LisaMethod):
+        return None
+    if method.probabilities == "from_norm_log" and probabilities is None:
+        raise ValueError("lisa with probabilities=from_norm_log needs the probabilities")
+    given = method.weights if method.probabilities == "list" else probabilities
+    return Lisa(model, layers=method.layers, interval=method.interval, seed=trial.seeds.layers, probabilities=given)
 
 
 def _seed_dropouts(model: Any, *, name: str, p: float, clock: DropoutClock) -> None:

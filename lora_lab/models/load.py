@@ -38,6 +38,7 @@ from lora_lab.models.packed import (
 from lora_lab.models.quiet import quiet_transformers
 from lora_lab.models.random import random_folder
 from lora_lab.plan.folder import shape_from_config
+from lora_lab.record.atomic import read_json
 from lora_lab.schema.adaptation import Quantization
 from lora_lab.schema.model import EmbeddedModel, FolderModel, HubModel, Model, RandomModel
 
@@ -152,7 +153,10 @@ def _network(
 
 
 def _tokenizer(model: Model, folder: Path) -> Any:
-    if isinstance(model, RandomModel):  # the family's own tokenizer class would add its own tokens to the bytes
+    """A folder that names no family's tokenizer is read as it is: the family's own class would add its own tokens."""
+    settings = folder / "tokenizer_config.json"
+    kind = read_json(settings).get("tokenizer_class") if settings.is_file() else None
+    if isinstance(model, RandomModel) or kind == "TokenizersBackend":
         return PreTrainedTokenizerFast.from_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 

@@ -1,0 +1,142 @@
+"""GaLore: gradient low-rank projection (Zhao et al. 2024, arXiv 2403.03507), around any optimizer.
+
+Of a matrix's gradient G the optimizer sees R = P^T G (or G Q, or P^T G Q), keeps its states in that size, and what it
+would change there is brought back: W <- W + scale P step(R). P and Q are singular vectors of the gradient, renewed
+every `update_gap` steps. A step is an optimizer step, so accumulation over micro-batches is right.
+
+As in the released code: `std` projects the shorter side away (on the right where there are at least as many rows as
+columns), `reverse_std` the other one, `left`, `right` and `full` say it outright; the states are not turned along when
+P changes; weight decay acts on the whole weight, after the step. GPT-2's Conv1D keeps its matrices transposed, so left
+and right mean the other side there. Different from it: the optimizer inside is the trial's own. torch's AdamW adds eps
+to the bias-corrected root of v, the released one to the raw root, a difference of the order of eps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Side = Literal["std", "reverse_std", "left", "right", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """How gradients of matrices are projected. rank: at most the smaller side of each of them."""
+
+    rank: int
+    update_gap: int
+    scale: float
+    side: Side
+
+    def is_left(self, shape: torch.Size) -> bool:
+        """Whether the rows of a matrix of this shape are projected (and the columns kept), for sides but `full`."""
+        tall = shape[0] >= shape[1]
+        return {"std": not tall, "reverse_std": tall, "left": True, "right": False}[self.side]
+
+    def projected_shape(self, shape: torch.Size) -> tuple[int, int]:
+        """The shape that the optimizer sees of a matrix."""
+        if self.side == "full":
+            return self.rank, self.rank
+        return (self.rank, shape[1]) if self.is_left(shape) else (shape[0], self.rank)
+
+    def basis(self, gradient: Tensor) -> dict[str, Tensor]:
+        """`left` [rows, rank] and `right` [rank, columns], what the side asks for; SVD in float32 or wider."""
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        u, _, vh = torch.linalg.svd(wide, full_matrices=False)
+        both = {"left": u[:, : self.rank], "right": vh[: self.rank]}
+        wanted = ("left", "right") if self.side == "full" else ("left",) if self.is_left(gradient.shape) else ("right",)
+        return {name: both[name].to(gradient.dtype).contiguous() for name in wanted}
+
+
+def down(gradient: Tensor, basis: Mapping[str, Tensor]) -> Tensor:
+    """The gradient in the projected space."""
+    result = basis["left"].T @ gradient if "left" in basis else gradient
+    return result @ basis["right"].T if "right" in basis else result
+
+
+def up(change: Tensor, basis: Mapping[str, Tensor]) -> Tensor:
+    """A change in the projected space as a change of the whole matrix, before the scale."""
+    result = basis["left"] @ change if "left" in basis else change
+    return result @ basis["right"] if "right" in basis else result
+
+
+class GaLore(torch.optim.Optimizer):
+    """An optimizer over whole parameters whose work on some of them is done in a projected space by `inner`.
+
+    stand_ins: whole matrix -> the small parameter that `inner` moves in its place (zeros of `projected_shape`). inner:
+    holds the stand-ins and all other parameters, in groups that match `groups` one by one; rates are set on these and
+    handed on. decay_gradient: weight decay belongs to the gradient (SGD) rather than to the weight.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        inner: torch.optim.Optimizer,
+        stand_ins: Mapping[nn.Parameter, nn.Parameter],
+        projection: Projection,
+        *,
+        decay_gradient: bool,
+    ) -> None:
+        self._inner, self._stand_ins, self._projection = inner, dict(stand_ins), projection
+        self._decay_gradient = decay_gradient
+        super().__init__(groups, {"lr": groups[0]["lr"]})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
+            own["lr"] = group["lr"]
+            for parameter in group["params"]:
+                if parameter in self._stand_ins and parameter.grad is not None:
+                    self._project(parameter, decay=own["weight_decay"] if self._decay_gradient else 0.0)
+        self._inner.step()
+        for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
+            for parameter in group["params"]:
+                if parameter in self._stand_ins and parameter.grad is not None:
+                    self._bring_back(parameter, decay=0.0 if self._decay_gradient else own["lr"] * own["weight_decay"])
+        self._show_states()
+        return loss
+
+    def _project(self, parameter: nn.Parameter, *, decay: float) -> None:
+        state, stand_in = self.state[parameter], self._stand_ins[parameter]
+        assert parameter.grad is not None
+        gradient = parameter.grad.add(parameter, alpha=decay) if decay else parameter.grad
+        count = state.get("projections", 0)
+        if count % self._projection.update_gap == 0:
+            state.update(self._projection.basis(gradient))
+        state["projections"] = count + 1
+        stand_in.zero_()
+        stand_in.grad = down(gradient, _basis_of(state))
+
+    def _bring_back(self, parameter: nn.Parameter, *, decay: float) -> None:
+        stand_in = self._stand_ins[parameter]
+        parameter.add_(up(stand_in, _basis_of(self.state[parameter])), alpha=self._projection.scale)
+        if decay:
+            parameter.mul_(1 - decay)
+        stand_in.grad = None
+
+    def _show_states(self) -> None:
+        """The inner optimizer's states under the whole parameter, where states are looked for and counted."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                stand_in = self._stand_ins.get(parameter)
+                self.state[parameter].update(self._inner.state.get(parameter if stand_in is None else stand_in, {}))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up a state of `state_dict()`: bases, counts, and the states of the optimizer inside."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            own = {key: value for key, value in state.items() if key not in ("left", "right", "projections")}
+            if own:
+                self._inner.state[self._stand_ins.get(parameter, parameter)] = own
+        for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
+            own["lr"] = group["lr"]
+
+
+def _basis_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: state[name] for name in ("left", "right") if name in state}
