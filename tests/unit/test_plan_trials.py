@@ -14,8 +14,8 @@ from lora_lab.errors import InputError
 from lora_lab.plan.job import Job, job_of
 from lora_lab.plan.readable import ABSENT, difference, readable_name, varying_keys
 from lora_lab.plan.row import plan_rows
-from lora_lab.schema.adaptation import PARTS
 from lora_lab.schema.labels import check_label
+from lora_lab.schema.adaptation import PARTS
 from lora_lab.schema.trial import Trial, read_trial
 
 SHAPE = {
