@@ -57,6 +57,13 @@ def adalora_config(base_model: Any, trial: Trial, *, steps: int) -> AdaLoraConfi
     )
 
 
+def freeze_rank_numbers(model: Any, name: str) -> None:
+    """PEFT keeps the rank of each matrix as a parameter, which it sets trainable where it casts a bf16 base's adapter."""
+    for key, parameter in model.named_parameters():
+        if key.endswith(f"ranknum.{name}"):
+            parameter.requires_grad_(False)
+
+
 class BudgetSchedule:
     """Prunes after each step; see `Course`. Finished steps are counted from 1, as PEFT's schedule expects."""
 

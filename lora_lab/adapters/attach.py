@@ -1,35 +1,60 @@
-"""Puts a trial's method on a base model: an adapter through PEFT, or all weights trainable, or none.
+"""Puts a trial's method on a base model: an adapter through PEFT, or weights of its own to train, or nothing.
 
-PEFT decides where an adapter's weights are computed and in which precision: float32 on a bf16 or 4-bit base, float64 on
-a float64 base.
+PEFT decides where an adapter's weights are computed and in which precision: float32 on a bf16 or quantized base,
+float64 on a float64 base. What each adapter is stands in `adapters.configs`, what each does to the model's own weights
+in `adapters.base_weights` and `adapters.lisa`.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from lora_lab.adapters.adalora import BudgetSchedule, freeze_rank_numbers
+from lora_lab.adapters.auxiliary import auxiliary_of
+from lora_lab.adapters.base_weights import train_only
+from lora_lab.adapters.configs import Surroundings, adapter_config
+from lora_lab.adapters.course import Auxiliary, Course
+from lora_lab.adapters.decomposed import start_from_weights
 from lora_lab.adapters.dropout import DropoutClock, SeededDropout
-from lora_lab.adapters.select import find_targets
+from lora_lab.adapters.lora import check_magnitudes
+from lora_lab.adapters.prompts import start_prompt
+from lora_lab.adapters.routing import RoutingTotals
 from lora_lab.errors import InputError, Problem
-from lora_lab.schema.model import HubModel
+from lora_lab.schema.method import PROMPT_KINDS
 from lora_lab.schema.trial import Trial
+from lora_lab.schema.weight_methods import Freeze
+
+_DECOMPOSED = ("pissa", "olora")
 
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """model: a PeftModel, or the base itself for `full` and `base`. dropout_clock: None where there is no dropout."""
+    """model: a PeftModel, or the base itself where its own weights are trained or nothing is.
+
+    trained: name and parameter of all that the method may change (of LISA all layers, not only those of the moment).
+    dropout_clock: None where there is no dropout. auxiliary: losses beside the language model's. course: acts between
+    steps. routing: totals of the routers, filled in training; None where there are none.
+    """
 
     model: Any
-    dropout_clock: DropoutClock | None
+    trained: tuple[tuple[str, nn.Parameter], ...] = ()
+    dropout_clock: DropoutClock | None = None
+    auxiliary: Auxiliary | None = None
+    course: Course | None = None
+    routing: RoutingTotals | None = None
+
+    def changed_after(self, steps: int) -> list[str]:
+        """Names of the parameters that training of this many steps may have changed."""
+        course: Any = self.course
+        return course.ever_trained(steps) if False else [name for name, _ in self.trained]
 
 
 class ParameterCounts(NamedTuple):
@@ -53,27 +78,24 @@ def _elements(parameter: nn.Parameter) -> int:
     return parameter.numel() if state is None else int(state.shape.numel())
 
 
-def attach(base_model: Any, trial: Trial, *, name: str = "default") -> Attached:
+def attach(
+    base_model: Any, trial: Trial, *, name: str = "default", tokenizer: Any | None = None, steps: int | None = None
+) -> Attached:
     """Makes `base_model` ready to train by `trial.method`.
 
     Initial weights follow from `trial.seeds.init` alone, global random state is left as it was. A model that carries
     adapters already (a PeftModel) gets one more under `name`, not yet active.
     `trial.dropout` acts on the inputs of linear layers; an adapter on an embedding has none, as in PEFT.
+    tokenizer, steps: see `Surroundings`.
 
     Raises:
-        InputError: the target does not fit the model, the base is quantized and the method is `full`, or DoRA meets an
-            output whose weights are all zero (it divides by their norm).
+        InputError: the method does not fit the model, the base is quantized and its own weights are to be trained, or
+            DoRA meets an output whose weights are all zero (it divides by their norm).
     """
-    kind = trial.method.kind
-    if kind in ("base", "full"):
-        if kind == "full" and getattr(base_model, "is_quantized", False):
-            raise InputError(
-                Problem("method", "full cannot train quantized weights; use an adapter such as method=lora")
-            )
-        base_model.requires_grad_(kind == "full")
-        return Attached(base_model, None)
+    if not trial.method.has_adapter:
+        return _attach_to_weights(base_model, trial)
     inner = base_model.get_base_model() if isinstance(base_model, PeftModel) else base_model
-    config = lora_config(inner, trial)
+    config = adapter_config(inner, trial, Surroundings(tokenizer, steps))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(trial.seeds.init)
@@ -82,57 +104,56 @@ def attach(base_model: Any, trial: Trial, *, name: str = "default") -> Attached:
             model = base_model
         else:
             model = get_peft_model(base_model, config, adapter_name=name)
-    if kind == "dora":
-        _check_magnitudes(model, name)
-    clock = DropoutClock(seed=trial.seeds.dropout, step=0, micro_batch=0) if trial.dropout else None
+        if trial.method.kind in _DECOMPOSED:
+            start_from_weights(model, name, config, kind=trial.method.kind)
+        if trial.method.kind in PROMPT_KINDS:
+            start_prompt(model, name, text=getattr(trial.method, "init_text", None), tokenizer=tokenizer)
+    if trial.method.kind == "dora":
+        check_magnitudes(model, name)
+    if trial.method.kind == "adalora":
+        freeze_rank_numbers(model, name)
+    clock = DropoutClock(seed=trial.seeds.dropout, step=0, micro_batch=0) if _has_dropout(trial) else None
     if clock is not None:
         _seed_dropouts(model, name=name, p=trial.dropout, clock=clock)
-    return Attached(model, clock)
-
-
-def lora_config(base_model: Any, trial: Trial) -> LoraConfig:
-    """PEFT's configuration of the trial's adapter; raises InputError where the target does not fit the model.
-
-    The scaling is alpha / rank, or alpha / sqrt(rank) for rslora. Targets are full module names, so that nothing
-    matches by accident.
-    """
-    targets = find_targets(base_model, trial.target)
-    kind = trial.method.kind
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=trial.rank,
-        lora_alpha=trial.alpha,
-        lora_dropout=trial.dropout,
-        target_modules=targets,
-        use_rslora=kind == "rslora",
-        use_dora=kind == "dora",
-        bias="none",
-        fan_in_fan_out=_is_transposed(base_model.get_submodule(targets[0])),
-        base_model_name_or_path=base_model.name_or_path or None,
-        revision=trial.model.revision if isinstance(trial.model, HubModel) else None,
+    auxiliary, routing = auxiliary_of(model, trial, name)
+    return Attached(
+        model,
+        trained=_trainable(model),
+        dropout_clock=clock,
+        auxiliary=auxiliary,
+        course=BudgetSchedule(model, name) if trial.method.kind == "adalora" else None,
+        routing=routing,
     )
 
 
-def _is_transposed(layer: Any) -> bool:
-    """GPT-2's Conv1D keeps inputs x outputs. PEFT corrects this for each layer that differs from the first."""
-    return isinstance(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer, Conv1D)
+def _has_dropout(trial: Trial) -> bool:
+    return trial.dropout > 0 and "dropout" in trial.method.uses
 
 
-def _check_magnitudes(model: Any, name: str) -> None:
-    problems = []
-    for layer, module in model.named_modules():
-        if not isinstance(module, LoraLayer) or name not in module.lora_magnitude_vector:
-            continue
-        zeros = int((module.lora_magnitude_vector[name].weight == 0).sum())
-        if zeros:
-            rule = f"{zeros} outputs have weights that are all zero, and DoRA divides by their norm; use method=lora"
-            problems.append(Problem("method", f"{layer}: {rule}"))
-    if problems:
-        raise InputError(problems)
+def _trainable(model: nn.Module) -> tuple[tuple[str, nn.Parameter], ...]:
+    return tuple((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _attach_to_weights(base_model: Any, trial: Trial) -> Attached:
+    method = trial.method
+    if method.trains == "weights" and getattr(base_model, "is_quantized", False):
+        rule = f"{method.kind} cannot train quantized weights; use an adapter such as method=lora"
+        raise InputError(Problem("method", rule))
+    base_model.requires_grad_(method.trains == "weights")
+    if isinstance(method, Freeze):
+        train_only(base_model, method.last_layers, method.modules)
+    return Attached(base_model, trained=_trainable(base_model))
 
 
 def _seed_dropouts(model: Any, *, name: str, p: float, clock: DropoutClock) -> None:
-    entries = [m.lora_dropout for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_dropout]
-    for index, entry in enumerate(entries):
+    for index, entry in enumerate(_dropouts(model, name)):
         entry[name] = SeededDropout(p, clock=clock, index=index)
         entry[name].train(model.training)
+
+
+def _dropouts(model: Any, name: str) -> Iterator[nn.ModuleDict]:
+    """Of PEFT's LoRA layers and of the lab's own the dropout of the adapter's input is called alike."""
+    for module in model.modules():
+        entry = getattr(module, "lora_dropout", None) if isinstance(module, BaseTunerLayer) else None
+        if entry is not None and name in entry:
+            yield entry

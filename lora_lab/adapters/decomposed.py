@@ -59,17 +59,14 @@ def initial_pair(weight: Tensor, *, kind: str, rank: int, scaling: float) -> tup
 
 
 def as_plain_lora(
-    config: dict[str, Any], weights: dict[str, Tensor], start: dict[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config: LoraConfig, weights: dict[str, Tensor], start: dict[str, Tensor]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Settings and tensors (named as PEFT does) of the one LoRA of rank 2r that adapter and start are together."""
     joined = {key: torch.cat([tensor, start[key]], dim=0 if "lora_A" in key else 1) for key, tensor in weights.items()}
-    doubled = {
-        "r": 2 * config["r"],
-        "lora_alpha": 2 * config["lora_alpha"],
-        "rank_pattern": {key: 2 * rank for key, rank in config["rank_pattern"].items()},
-        "alpha_pattern": {key: 2 * alpha for key, alpha in config["alpha_pattern"].items()},
-    }
-    return config | doubled, joined
+    config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {key: 2 * alpha for key, alpha in config.alpha_pattern.items()}
+    return config, joined
 
 
 def _layers(model: Any, name: str) -> Iterator[tuple[str, Any]]:

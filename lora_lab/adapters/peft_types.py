@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
+from lora_lab.adapters.bottleneck import BottleneckConfig, BottleneckModel
+from lora_lab.adapters.ia3 import DtypeKeepingIA3Model
+from lora_lab.adapters.lora_experts import LoraExpertsConfig, LoraExpertsModel
+from lora_lab.adapters.mov import MovConfig, MovModel
+
 # name -> (configuration, model): filled by the rows below.
-_OWN: dict[str, tuple[type[Any], type[Any]]] = {}
+_OWN: dict[str, tuple[type[Any], type[Any]]] = {
+    "bottleneck": (BottleneckConfig, BottleneckModel),
+    "mov": (MovConfig, MovModel),
+    "lora_experts": (LoraExpertsConfig, LoraExpertsModel),
+}
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -33,6 +42,7 @@ def _register() -> None:
     for name, (config, model) in _OWN.items():
         if add_peft_type(name.upper()) not in PEFT_TYPE_TO_CONFIG_MAPPING:
             register_peft_method(name=name, config_cls=config, model_cls=model)
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.IA3] = DtypeKeepingIA3Model
 
 
 _register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,14 @@ from lora_lab.plan.job import Job, job_of
 from lora_lab.plan.row import PlanRow, plan_rows
 from lora_lab.plan.study_file import value_key
 from lora_lab.record.ledger import Ledger
+from lora_lab.record.parents import PARENT_ROLES, parent_identities
 from lora_lab.schema.study import Study
 from lora_lab.schema.trial import Lab, Trial
-from lora_lab.schema.weight_methods import Base
+from lora_lab.schema.weight_methods import Base, Lisa
 
 # Housekeeping that may differ between the points of one sweep.
 _PER_POINT = ("study", "tag", "repeat")
+_SECTIONS_OF_PARENTS = frozenset({"model", "method", "quantization", "target", "rank", "init_from", "init_as"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +58,13 @@ def make_plan(request: Request) -> Plan:
     labs = [lab for lab, _ in judged if lab is not None]
     if labs:
         found.add(_lab_problems(labs))
+        for trial in trials:
+            found.attempt(functools.partial(_parents, trial, labs[0], facts))
     found.raise_if_any()
     if not labs or facts is None:
         raise InputError("no points to run")
     jobs = [
-        _job(trial, facts, repeat=lab.repeat, tag=lab.tag, overrides=point.overrides)
+        _job(trial, facts, lab, overrides=point.overrides)
         for lab, trial, point in zip(labs, trials, request.points, strict=True)
     ]
     if request.study is not None and request.study.baseline:
@@ -79,9 +84,22 @@ def _facts(request: Request) -> Facts | None:
     return None
 
 
-def _job(trial: Trial, facts: Facts, *, repeat: int, tag: str | None, overrides: tuple[str, ...]) -> Job:
+def _parents(trial: Trial, lab: Lab, facts: Facts | None) -> dict[str, str]:
+    """Fingerprints of the runs that a trial is built on: none for most, nor where what decides it has problems."""
+    has = trial.model_fields_set
+    builds = "method" in has and (
+        isinstance(trial.method, Lisa) or ("init_from" in has and trial.init_from is not None)
+    )
+    if facts is None or not builds or not has >= _SECTIONS_OF_PARENTS:
+        return {}
+    base = facts.base(trial, Findings())
+    return {} if base is None else parent_identities(trial, Ledger(Path(lab.root)), base=base["base"])
+
+
+def _job(trial: Trial, facts: Facts, lab: Lab, *, overrides: tuple[str, ...]) -> Job:
     identities, train_rows = facts.identities(trial)
-    return job_of(trial, identities, train_rows=train_rows, repeat=repeat, tag=tag, overrides=overrides)
+    identities |= _parents(trial, lab, facts)
+    return job_of(trial, identities, train_rows=train_rows, repeat=lab.repeat, tag=lab.tag, overrides=overrides)
 
 
 def _lab_problems(labs: Sequence[Lab]) -> list[Problem]:
@@ -114,8 +132,8 @@ def _baselines(jobs: Sequence[Job]) -> list[Job]:
     """The untouched base of every job, each once."""
     bases = [
         job_of(
-            job.trial.model_copy(update={"method": Base(kind="base")}),
-            job.identities,
+            job.trial.model_copy(update={"method": Base(kind="base"), "init_from": None}),
+            {role: identity for role, identity in job.identities.items() if role not in PARENT_ROLES},
             train_rows=job.train_rows,
             repeat=0,
             tag=None,

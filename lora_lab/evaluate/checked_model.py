@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lora_lab.adapters.prompts import check_room, virtual_tokens
 from lora_lab.errors import EvaluationError, Problem
+from lora_lab.models.generate import generation_inputs
 
 
 class CheckedModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
@@ -20,15 +22,23 @@ class CheckedModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 
     truncated_requests: how many were longer than the model's context and lost their beginning.
 
-    The tokenizer is copied, because HFLM gives a tokenizer without a pad token one.
+    The tokenizer is copied, because HFLM gives a tokenizer without a pad token one. Virtual tokens are no part of what
+    is scored, but take their share of the context.
 
     Raises:
+        InputError: virtual tokens leave no room for a row.
         EvaluationError: a log-likelihood is NaN or infinite, or a logit is while generating; names task and document.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> None:
+        check_room(model, virtual_tokens(model), 1)
         self.truncated_requests = 0
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+
+    @property
+    def max_length(self) -> int:
+        """The longest row in tokens: the model's context without the virtual tokens."""
+        return int(super().max_length) - virtual_tokens(self.model)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """[(log-likelihood in nats, whether greedy decoding gives the continuation)], one per request."""
@@ -59,6 +69,39 @@ class CheckedModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self.truncated_requests += sum(len(context) + len(target) > limit for _, context, target in requests)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)  # type: ignore[no-any-return]
 
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits of the row's own tokens, [rows, length, vocabulary]."""
+        if not virtual_tokens(self.model):
+            return super()._model_call(inps, attn_mask, labels)  # type: ignore[no-any-return]
+        with torch.no_grad():
+            # Models that do not know `logits_to_keep` compute the others too.
+            logits: Tensor = self.model(input_ids=inps, logits_to_keep=inps.shape[1]).logits
+        return logits[:, -inps.shape[1] :]
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As HFLM does it; what is cut is counted, which of a padded batch shows before the cut only."""
+        ids, mask = super().tok_batch_encode(strings, padding_side=padding_side, **settings)
+        if left_truncate_len is None:
+            return ids, mask
+        self.truncated_requests += int((mask.sum(dim=1) > left_truncate_len).sum())
+        return ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        if not virtual_tokens(self.model):
+            return super()._model_generate(context, max_length, stop, **settings)  # type: ignore[no-any-return]
+        mask = settings.pop("attention_mask")
+        with generation_inputs(self.model, context, mask) as inputs:
+            return super()._model_generate(  # type: ignore[no-any-return]
+                inputs.pop("input_ids"),
+                None,
+                stop,
+                max_new_tokens=max_length - context.shape[1],
+                **inputs,
+                **settings,
+            )
+
 
 def _check(requests: Sequence[Any], values: Sequence[float]) -> None:
     problems: dict[tuple[str, int], Problem] = {}
@@ -74,7 +117,7 @@ def _check(requests: Sequence[Any], values: Sequence[float]) -> None:
 
 
 def _refuse_non_finite(tasks: Sequence[str]) -> Any:
-    def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
         if not bool(torch.isfinite(output).all()):
             raise EvaluationError(Problem(f"task {', '.join(tasks)}", "a logit is not finite while generating"))
 

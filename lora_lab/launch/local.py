@@ -17,7 +17,7 @@ from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Status
 from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.watcher import Watcher
-from lora_lab.runner import run_job
+from lora_lab.runner.job import run_job
 from lora_lab.schema.trial import Lab
 
 

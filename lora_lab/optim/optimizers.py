@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from lora_lab.schema.optimization import Adam, Lion, Optimizer, Sgd
+from lora_lab.optim.groups import RateGroup
+from lora_lab.optim.sophia import Sophia as SophiaG
+from lora_lab.schema.optimization import Adam, Lion, Optimizer, Sgd, Sophia
 
-Parameters = list[nn.Parameter]
+# torch's parameter groups: `params`, and the `lr` of each.
+Parameters = list[dict[str, Any]]
 
 
 def _adamw(settings: Adam, parameters: Parameters, rate: float) -> torch.optim.Optimizer:
@@ -50,6 +53,10 @@ def _lion(settings: Lion, parameters: Parameters, rate: float) -> torch.optim.Op
     return lion
 
 
+def _sophia(settings: Sophia, parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+    return SophiaG(parameters, lr=rate, betas=settings.betas, rho=settings.rho, weight_decay=settings.weight_decay)
+
+
 OPTIMIZERS: dict[str, Callable[[Any, Parameters, float], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "sgd": _sgd,
@@ -57,16 +64,16 @@ OPTIMIZERS: dict[str, Callable[[Any, Parameters, float], torch.optim.Optimizer]]
     "paged_adamw": _bitsandbytes_adam("PagedAdamW32bit"),
     "paged_adamw8bit": _bitsandbytes_adam("PagedAdamW8bit"),
     "lion": _lion,
+    "sophia": _sophia,
 }
 
 
-def build_optimizer(
-    settings: Optimizer, parameters: Iterable[nn.Parameter], *, learning_rate: float
-) -> torch.optim.Optimizer:
-    """The optimizer of a trial over its trainable parameters, in one group."""
+def build_optimizer(settings: Optimizer, groups: Iterable[RateGroup], *, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer of a trial, with a parameter group per learning rate."""
     # bitsandbytes warns once per tensor that paging needs CUDA; `optimizer_facts` records it instead.
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-    return OPTIMIZERS[settings.kind](settings, list(parameters), learning_rate)
+    parameters = [{"params": group.parameters, "lr": learning_rate * group.factor} for group in groups]
+    return OPTIMIZERS[settings.kind](settings, parameters, learning_rate)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, multiplier: Callable[[int], float]) -> LambdaLR:

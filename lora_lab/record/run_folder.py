@@ -61,6 +61,21 @@ class RunFolder:
         """Where all weights go when the method trains them all."""
         return self.path / run_record.MODEL_FOLDER
 
+    @property
+    def changed_folder(self) -> Path:
+        """Where the changed weights go when the method trains some of the model's own."""
+        return self.path / run_record.CHANGED_FOLDER
+
+    @property
+    def layers_path(self) -> Path:
+        """Where the log of layers and routers goes."""
+        return self.path / run_record.LAYERS_FILE
+
+    @property
+    def ledger_root(self) -> Path:
+        """The root of the ledger that this run is in."""
+        return self.path.parent.parent
+
     def write_result(self, result: Result) -> None:
         """Record how the attempt ended, after everything else in the folder is on disk.
 

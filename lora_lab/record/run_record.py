@@ -32,6 +32,8 @@ HELDOUT_FILE = "heldout.jsonl"
 ANSWERS_FILE = "answers.jsonl"
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
+CHANGED_FOLDER = "changed"
+LAYERS_FILE = "layers.jsonl"
 ATTEMPTS_FOLDER = "attempts"
 
 # RUNNING: a process holds the run. DAMAGED: a file cannot be read. NEWER: written by a later lab, and left alone.
@@ -123,6 +125,15 @@ class RunRecord:
     def model_folder(self) -> Path:
         """All weights, where the method trains them all (full), in transformers' format."""
         return self.folder / MODEL_FOLDER
+
+    def saved_folder(self, form: str) -> Path:
+        """Where what was trained lies, by the form in which it is saved (`Method.saves`); the run itself for none."""
+        return self.folder if form == "nothing" else self.folder / form
+
+    @property
+    def layers_path(self) -> Path:
+        """What was logged of layers and routers at intervals of the training."""
+        return self.folder / LAYERS_FILE
 
     @property
     def steps_path(self) -> Path:

@@ -112,6 +112,8 @@ def _galore_projects_gradients_only(trial: Trial) -> list[Problem]:
 
 
 def _start_needs_an_adapter(trial: Trial) -> list[Problem]:
+    if trial.init_from is not None and trial.method.trains == "nothing":
+        return [Problem("init_from", "method=base trains nothing, so it starts from nothing; leave init_from out")]
     if trial.init_from is not None and trial.init_as == "adapter" and not trial.method.has_adapter:
         rule = f"method={trial.method.kind} trains the model's own weights; use init_as=weights"
         return [Problem("init_as", rule)]

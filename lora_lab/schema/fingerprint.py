@@ -18,7 +18,7 @@ from lora_lab.schema.trial import Trial
 NUMERICS_VERSION = 1
 
 _AXES = ("rank", "alpha", "dropout", "target")
-_TRAINING_ONLY = ("learning_rate", "optimizer", "scheduler", "seed", "seeds")
+_TRAINING_ONLY = ("learning_rate", "optimizer", "scheduler", "seed", "seeds", "init_as")
 _LABELS_AND_PATHS = {
     "model": ("name", "path", "shape"),
     "data": ("name", "path", "heldout_path"),

@@ -16,9 +16,11 @@ Factors = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 
 class MethodSection(Section):
     """trains: an adapter, weights of the model itself, or nothing. uses: the top-level axes that mean something to the
-    method (`rank`, `alpha`, `dropout`, `target`); the others are no part of its trials."""
+    method (`rank`, `alpha`, `dropout`, `target`); the others are no part of its trials. saves: an adapter in
+    PEFT's format, the whole model, or those of its weights that were changed."""
 
     trains: ClassVar[Literal["nothing", "adapter", "weights"]] = "adapter"
+    saves: ClassVar[Literal["nothing", "adapter", "model", "changed"]] = "adapter"
     uses: ClassVar[frozenset[str]] = frozenset()
 
     @property

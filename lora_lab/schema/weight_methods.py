@@ -14,6 +14,7 @@ class Base(MethodSection):
     """Nothing is trained: row zero of a study."""
 
     trains = "nothing"
+    saves = "nothing"
     kind: Literal["base"]
 
 
@@ -21,6 +22,7 @@ class Full(MethodSection):
     """Every weight is trained."""
 
     trains = "weights"
+    saves = "model"
     kind: Literal["full"]
 
 
@@ -28,6 +30,7 @@ class Freeze(MethodSection):
     """The last `last_layers` decoder layers and the named modules are trained, the rest stays frozen."""
 
     trains = "weights"
+    saves = "changed"
     kind: Literal["freeze"]
     last_layers: Natural
     modules: Names
@@ -48,6 +51,7 @@ class Lisa(MethodSection):
     """
 
     trains = "weights"
+    saves = "changed"
     kind: Literal["lisa"]
     layers: Natural
     interval: Count
@@ -71,6 +75,7 @@ class Galore(MethodSection):
     how many dimensions; all other weights are trained as they are."""
 
     trains = "weights"
+    saves = "model"
     uses = frozenset({"rank", "target"})
     kind: Literal["galore"]
     update_gap: Count

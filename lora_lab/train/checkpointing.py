@@ -2,6 +2,9 @@
 
 Always non-reentrant. A segment is one layer, k layers, or about sqrt(L) of them, the classic choice (Chen et al. 2016,
 arXiv 1604.06174). transformers checkpoints single layers only; here the first layer of a segment runs all of it.
+
+A prefix reaches the layers in a cache of keys and values, to which each layer adds its own. A layer that is computed
+again would find them there and add them twice: layers are handed a view of the cache that keeps nothing.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 
 from lora_lab.errors import InputError, Problem
 
@@ -76,6 +81,8 @@ def _join(segment: Sequence[nn.Module]) -> None:
     def run_checkpointed(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not first.training:
             return run(hidden, *args, **kwargs)
+        args = tuple(map(_unstored, args))
+        kwargs = {name: _unstored(value) for name, value in kwargs.items()}
         result: Tensor = checkpoint(run, hidden, *args, use_reentrant=False, **kwargs)
         return result
 
@@ -85,3 +92,23 @@ def _join(segment: Sequence[nn.Module]) -> None:
     first.forward = run_checkpointed
     for layer in rest:
         layer.forward = pass_on
+
+
+class _UnstoredCache(Cache):  # type: ignore[misc]  # transformers is untyped
+    """The keys and values of `cache`; those of the layer itself are put behind them and not kept."""
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__(layers=list(cache.layers))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values to attend to, each [rows, heads, prefix + length, head size]."""
+        if layer_idx >= len(self.layers) or not self.layers[layer_idx].get_seq_length():
+            return key_states, value_states
+        layer = self.layers[layer_idx]
+        return torch.cat((layer.keys, key_states), dim=-2), torch.cat((layer.values, value_states), dim=-2)
+
+
+def _unstored(value: Any) -> Any:
+    return _UnstoredCache(value) if isinstance(value, Cache) else value

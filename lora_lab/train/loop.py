@@ -2,6 +2,7 @@
 
 gather the micro-batches of the step
 loss = sum over them of (sum of token losses) / (loss tokens of the whole step)     so k micro-batches equal one batch
+     + the method's auxiliary losses, each with its weight
 backward, clip, check that loss and gradient norm are finite, only then update
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from lora_lab.data.batches import Batch, collate
 from lora_lab.errors import Diverged
 from lora_lab.models.loss_token_logits import LossTokenHead, loss_token_logits
+from lora_lab.train.curvature import estimate_curvature
 from lora_lab.train.member import Member, StepRecord
 
 OnStep = Callable[[Member, StepRecord], None]
@@ -45,19 +48,25 @@ def take_step(member: Member, head: LossTokenHead, *, pad_id: int, device: torch
         Diverged: loss or gradient norm is not finite; no weight has been changed by this step.
     """
     start = time.perf_counter()
+    if member.course is not None:
+        member.course.before_step(member.step, member.optimizer)
     micro_batches = [
         collate([member.examples[index] for index in indices], pad_id, device)
         for indices in member.batches.step(member.step)
     ]
     loss_tokens = sum(int(batch.loss_mask.sum()) for batch in micro_batches)
-    learning_rate = float(member.schedule.get_last_lr()[0])
-    loss = accumulate(member, head, micro_batches, loss_tokens=loss_tokens)
+    if member.curvature is not None and member.curvature.is_due(member.step):
+        estimate_curvature(member, head, micro_batches[0])
+    loss, auxiliary = accumulate(member, head, micro_batches, loss_tokens=loss_tokens)
     gradient_norm = clip(member)
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         member.optimizer.zero_grad(set_to_none=True)
         raise Diverged(f"step {member.step + 1}: loss {loss}, gradient norm {gradient_norm}")
+    learning_rate = member.learning_rate(member.step)
     member.optimizer.step()
     member.schedule.step()
+    if member.course is not None:
+        member.course.after_step(member.step)
     member.optimizer.zero_grad(set_to_none=True)
     member.step += 1
     if device.type == "cuda":
@@ -71,19 +80,32 @@ def take_step(member: Member, head: LossTokenHead, *, pad_id: int, device: torch
         loss_tokens=loss_tokens,
         padded_tokens=sum(batch.input_ids.numel() for batch in micro_batches),
         seconds=time.perf_counter() - start,
+        auxiliary=auxiliary,
     )
 
 
-def accumulate(member: Member, head: LossTokenHead, micro_batches: Sequence[Batch], *, loss_tokens: int) -> float:
-    """Forward and backward over the micro-batches of a step; gradients add up. Returns the step's mean token loss."""
-    total = 0.0
+def accumulate(
+    member: Member, head: LossTokenHead, micro_batches: Sequence[Batch], *, loss_tokens: int
+) -> tuple[float, dict[str, float]]:
+    """Forward and backward over the micro-batches of a step; gradients add up.
+
+    Returns the step's mean token loss of the language model, and the method's auxiliary losses by name: trained on with
+    their weights, never in the reported loss.
+    """
+    total, auxiliary = 0.0, Counter[str]()
     for index, batch in enumerate(micro_batches):
         if member.dropout_clock is not None:
             member.dropout_clock.step, member.dropout_clock.micro_batch = member.step, index
+        if member.auxiliary is not None:
+            member.auxiliary.open(batch.attention_mask, batch.types)
         loss = token_loss_sum(head, batch) / loss_tokens
-        loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
-    return total
+        share = batch.loss_tokens / loss_tokens
+        for one in [] if member.auxiliary is None else member.auxiliary.close():
+            loss = loss + one.weight * share * one.value
+            auxiliary[one.name] += share * one.value.item()
+        loss.backward()
+    return total, dict(auxiliary)
 
 
 def token_loss_sum(head: LossTokenHead, batch: Batch) -> Tensor:
@@ -97,4 +119,4 @@ def token_loss_sum(head: LossTokenHead, batch: Batch) -> Tensor:
 def clip(member: Member) -> float:
     """Scales the member's gradients to `max_gradient_norm` where that is set; returns the norm before."""
     bound = math.inf if member.max_gradient_norm is None else member.max_gradient_norm
-    return float(nn.utils.clip_grad_norm_(member.parameters, bound))
+    return float(nn.utils.clip_grad_norm_(member.active_parameters, bound))

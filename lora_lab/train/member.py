@@ -6,7 +6,7 @@ without changing another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,17 +14,25 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lora_lab.adapters.attach import Attached
+from lora_lab.adapters.course import Auxiliary, Course
 from lora_lab.adapters.dropout import DropoutClock
 from lora_lab.data.batches import Batches
 from lora_lab.data.encode import Encoded
+from lora_lab.optim.groups import RateGroup, rate_groups
 from lora_lab.optim.optimizers import build_optimizer, build_schedule
 from lora_lab.plan.steps import learning_rate_multiplier, steps_of
 from lora_lab.schema.trial import Trial
+from lora_lab.schema.weight_methods import Galore
+from lora_lab.train.curvature import CurvatureSchedule, curvature_of
+from lora_lab.train.projection import projected
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step, as it goes to the step log. Losses are in nats per loss token, seconds are wall clock."""
+    """One optimizer step, as it goes to the step log. Losses are in nats per loss token, seconds are wall clock.
+
+    loss: the language model's alone. auxiliary: other losses by name, before their weights.
+    """
 
     step: int
     loss: float
@@ -34,26 +42,37 @@ class StepRecord:
     loss_tokens: int
     padded_tokens: int
     seconds: float
+    auxiliary: Mapping[str, float] = field(default_factory=dict)
+
+    def values(self) -> dict[str, float]:
+        """Every number of the step by name, as the step log has them."""
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "auxiliary"}
+        return {**own, **self.auxiliary}
 
 
 @dataclass(slots=True)
 class Member:
     """Mutable training state of one trial.
 
-    `step` counts finished optimizer steps. `diverged` is the reason once loss or gradient norm was not finite; the
-    weights are then those before the step that would have spread it.
+    parameters: all that may change; those of the moment are `active_parameters`. learning_rate: of a step, before the
+    factors of layers and matrices. `step` counts finished optimizer steps. `diverged` is the reason once loss or
+    gradient norm was not finite; the weights are then those before the step that would have spread it.
     """
 
     name: str
     parameters: list[nn.Parameter]
-    build_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    build_optimizer: Callable[[], torch.optim.Optimizer]
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
+    learning_rate: Callable[[int], float]
     examples: Sequence[Encoded]
     batches: Batches
     total_steps: int
     max_gradient_norm: float | None
     dropout_clock: DropoutClock | None
+    auxiliary: Auxiliary | None
+    course: Course | None
+    curvature: CurvatureSchedule | None
     step: int = 0
     diverged: str | None = None
     records: list[StepRecord] = field(default_factory=list)
@@ -63,24 +82,30 @@ class Member:
         """Whether there are steps left to take."""
         return self.diverged is None and self.step < self.total_steps
 
+    @property
+    def active_parameters(self) -> list[nn.Parameter]:
+        """What receives gradients now."""
+        return [parameter for parameter in self.parameters if parameter.requires_grad]
+
 
 def member_of(trial: Trial, attached: Attached, examples: Sequence[Encoded], *, name: str) -> Member:
     """A trial as a member of a cohort: its own optimizer, schedule and data order over `examples`."""
     lengths = [len(example.input_ids) for example in examples]
     steps = steps_of(trial, len(lengths))
     assert steps is not None  # only method=base has no steps
-    parameters = [parameter for parameter in attached.model.parameters() if parameter.requires_grad]
+    multiplier = learning_rate_multiplier(trial.scheduler, steps)
+    optimizer = optimizer_of(trial, attached, attached.trained)
 
-    def new_optimizer(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        return build_optimizer(trial.optimizer, params, learning_rate=trial.learning_rate)
+    def probe_optimizer() -> torch.optim.Optimizer:
+        return optimizer_of(trial, attached, [(key, one) for key, one in attached.trained if one.requires_grad])
 
-    optimizer = new_optimizer(parameters)
     return Member(
         name=name,
-        parameters=parameters,
-        build_optimizer=new_optimizer,
+        parameters=[parameter for _, parameter in attached.trained],
+        build_optimizer=probe_optimizer,
         optimizer=optimizer,
-        schedule=build_schedule(optimizer, learning_rate_multiplier(trial.scheduler, steps)),
+        schedule=build_schedule(optimizer, multiplier),
+        learning_rate=lambda step: trial.learning_rate * multiplier(step),
         examples=examples,
         batches=Batches(
             lengths,
@@ -92,4 +117,18 @@ def member_of(trial: Trial, attached: Attached, examples: Sequence[Encoded], *, 
         total_steps=steps.steps,
         max_gradient_norm=trial.training.max_gradient_norm,
         dropout_clock=attached.dropout_clock,
+        auxiliary=attached.auxiliary,
+        course=attached.course,
+        curvature=curvature_of(trial),
     )
+
+
+def optimizer_of(trial: Trial, attached: Attached, named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """The trial's optimizer over `named` parameters, grouped by rate; for galore in the projected space."""
+    config = attached.model.config
+    groups = rate_groups(trial, named, num_layers=config.num_hidden_layers)
+
+    def build(wanted: Sequence[RateGroup]) -> torch.optim.Optimizer:
+        return build_optimizer(trial.optimizer, wanted, learning_rate=trial.learning_rate)
+
+    return projected(trial, attached.model, groups, build) if isinstance(trial.method, Galore) else build(groups)

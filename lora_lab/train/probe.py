@@ -34,8 +34,9 @@ def probe_step(model: nn.Module, member: Member, *, pad_id: int, device: torch.d
     With several micro-batches a step the gradients of the earlier ones are alive already; so they are here.
     """
     model.train()
-    weights = [parameter.detach().clone() for parameter in member.parameters]
-    optimizer = member.build_optimizer(member.parameters)
+    parameters = member.active_parameters
+    weights = [parameter.detach().clone() for parameter in parameters]
+    optimizer = member.build_optimizer()
     try:
         _zero_gradients(member)
         optimizer.step()  # creates the state
@@ -52,14 +53,14 @@ def probe_step(model: nn.Module, member: Member, *, pad_id: int, device: torch.d
     finally:
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for parameter, weight in zip(member.parameters, weights, strict=True):
+            for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.copy_(weight)
 
 
 def _zero_gradients(member: Member) -> None:
-    for parameter in member.parameters:
+    for parameter in member.active_parameters:
         parameter.grad = torch.zeros_like(parameter)
 
 
 def _gradients(member: Member) -> Iterable[Tensor]:
-    return [parameter.grad for parameter in member.parameters if parameter.grad is not None]
+    return [parameter.grad for parameter in member.active_parameters if parameter.grad is not None]

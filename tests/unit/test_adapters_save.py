@@ -189,7 +189,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "not valid JSON"),
     "config is a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "expected a JSON object"),
     "unknown type": (lambda f: configure(f, peft_type="LORE"), 'did you mean "LORA"'),
-    "other type": (lambda f: configure(f, peft_type="IA3"), "only LORA"),
+    "other type": (lambda f: configure(f, peft_type="LOHA"), "not supported here, only LORA, "),
     "auto_mapping": (lambda f: configure(f, auto_mapping={"parent_library": "evil"}), "auto_mapping.*import code"),
     "megatron": (lambda f: configure(f, megatron_config={"a": 1}, megatron_core="evil"), "megatron_core"),
     "unknown key": (lambda f: configure(f, evil=1), "evil: unknown setting"),

@@ -7,39 +7,33 @@ from __future__ import annotations
 
 import gc
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from lora_lab.adapters.attach import Attached, attach, count_parameters
-from lora_lab.adapters.save import save_adapter, save_model
+from lora_lab.adapters.attach import attach, count_parameters
 from lora_lab.data.encode import EncodedSet, encode_rows
 from lora_lab.data.sources import load_rows
 from lora_lab.errors import IdentityError, LabError, MachineError, Problem
 from lora_lab.evaluate.identity import evaluation_identities
 from lora_lab.evaluate.score import score_model
-from lora_lab.memory.live_bytes import model_tensors, storage_bytes
-from lora_lab.memory.meter import MemoryMeter, memory_now
-from lora_lab.models.load import LoadedBase, load_base
-from lora_lab.optim.optimizers import optimizer_facts, state_tensors
+from lora_lab.memory.meter import MemoryMeter
 from lora_lab.plan.identity import identities_of
 from lora_lab.plan.job import Job
 from lora_lab.plan.steps import steps_of
 from lora_lab.record.atomic import write_text
 from lora_lab.record.environment import utc_now
 from lora_lab.record.gathered import Gathered
+from lora_lab.record.ledger import Ledger
 from lora_lab.record.model_card import write_cards
-from lora_lab.record.result import Metric, Result, Status
+from lora_lab.record.parents import PARENT_ROLES
+from lora_lab.record.result import Result, Status
 from lora_lab.record.run_folder import RunFolder
-from lora_lab.record.step_log import StepLog
 from lora_lab.record.watcher import Watcher
+from lora_lab.restore import Restorer
+from lora_lab.runner.training import train_and_save
 from lora_lab.schema.evaluation import Evaluation
 from lora_lab.schema.fingerprint import NUMERICS_VERSION
-from lora_lab.train.checkpointing import enable_checkpointing
-from lora_lab.train.loop import train
-from lora_lab.train.member import Member, StepRecord, member_of
-from lora_lab.train.probe import probe_step
 
 # Above this share of cut rows a result says so.
 _MANY_CUTS = 0.05
@@ -97,16 +91,15 @@ def _carry_out(
         _verify_identities(job, cache=cache)
         watcher.phase(folder.run_id, "loading")
         with gathered.timed("load"), meter.phase("load"):
-            base = load_base(
-                job.trial.model,
-                precision=job.trial.training.precision,
-                quantization=job.trial.quantization,
-                device=device,
-                cache=cache,
-            )
-            gathered.facts |= base.facts
-            attached = attach(base.model, job.trial)
             rows = load_rows(job.trial.data, cache=cache)
+            restorer = Restorer(Ledger(folder.ledger_root), cache, device)
+            base = restorer.base_of(job.trial, job.identities)
+            gathered.facts |= base.facts
+            steps = steps_of(job.trial, len(rows.train))
+            attached = attach(
+                base.model, job.trial, tokenizer=base.tokenizer, steps=None if steps is None else steps.steps
+            )
+            restorer.start_adapter(job.trial, job.identities, attached.model)
             heldout = encode_rows(rows.heldout, base.tokenizer, job.trial.data, vocab_size=base.model.config.vocab_size)
             _warn_about_cuts(gathered, heldout, side="held-out", max_length=job.trial.data.max_length)
         trainable, total = count_parameters(attached.model)
@@ -115,7 +108,7 @@ def _carry_out(
         if job.trial.method.kind != "base":
             examples = encode_rows(rows.train, base.tokenizer, job.trial.data, vocab_size=base.model.config.vocab_size)
             _warn_about_cuts(gathered, examples, side="training", max_length=job.trial.data.max_length)
-            diverged = _train(job, folder, gathered, base, attached, examples, meter=meter, watcher=watcher)
+            diverged = train_and_save(job, folder, gathered, base, attached, examples, meter=meter, watcher=watcher)
         if diverged is not None:
             gathered.missing["scores"] = "the run diverged"
             return Status.DIVERGED, diverged
@@ -143,7 +136,8 @@ def _carry_out(
 def _verify_identities(job: Job, *, cache: Path) -> None:
     """Files may change while a sweep goes on; a run on other texts than were planned would mix two trials."""
     now = identities_of(job.trial, cache=cache, extra=evaluation_identities(job.trial.evaluation, cache=cache))
-    changed = [role for role, identity in job.identities.items() if now.get(role) != identity]
+    own = {role: identity for role, identity in job.identities.items() if role not in PARENT_ROLES}
+    changed = [role for role, identity in own.items() if now.get(role) != identity]
     if changed:
         raise IdentityError(
             [
@@ -167,105 +161,6 @@ def _warn_about_limit(gathered: Gathered, evaluation: Evaluation) -> None:
         count = counts.get(task)
         if evaluation.limit is not None and count is not None and count < evaluation.limit:
             gathered.warnings.append(f"{task} has {count} documents, fewer than evaluation.limit={evaluation.limit}")
-
-
-def _train(
-    job: Job,
-    folder: RunFolder,
-    gathered: Gathered,
-    base: LoadedBase,
-    attached: Attached,
-    examples: EncodedSet,
-    *,
-    meter: MemoryMeter,
-    watcher: Watcher,
-) -> str | None:
-    """Trains and saves; returns why it diverged, or None."""
-    device = base.model.device
-    gathered.measurements |= _weight_bytes(attached)
-    member = member_of(job.trial, attached, examples.examples, name=job.name)
-    enable_checkpointing(attached.model, job.trial.training.gradient_checkpointing)
-    gathered.measurements |= {
-        "train_rows": len(examples.examples),
-        "cut_rows": examples.cut_rows,
-        "loss_token_fraction": examples.loss_share,
-    }
-    if device.type != "cuda":
-        watcher.phase(folder.run_id, "measuring memory")
-        with gathered.timed("probe"):
-            probe = probe_step(attached.model, member, pad_id=base.tokenizer.pad_token_id, device=device)
-        gathered.measurements |= {
-            "peak_allocated_bytes": probe.peak_bytes,
-            "gradient_bytes": probe.gradient_bytes,
-        }
-    else:
-        gathered.missing["gradient_bytes"] = "counted on the probe step, which only a CPU needs"
-    watcher.phase(folder.run_id, "training")
-    with StepLog(folder.steps_path) as log, gathered.timed("train"), meter.phase("train"):
-
-        def on_step(trained: Member, record: StepRecord) -> None:
-            values = {**asdict(record), **memory_now(device)}
-            log.write(record.step, values)
-            watcher.step(folder.run_id, record.step, values)
-
-        train(attached.model, [member], pad_id=base.tokenizer.pad_token_id, device=device, on_step=on_step)
-    _gather_training(member, gathered, device=device)
-    if device.type == "cuda":
-        gathered.measurements["peak_allocated_bytes"] = meter.measurements["train_peak_allocated_bytes"]
-        gathered.measurements["peak_reserved_bytes"] = meter.measurements["train_peak_reserved_bytes"]
-    watcher.phase(folder.run_id, "saving")
-    saved = "adapter_file_bytes" if job.trial.method.has_adapter else "model_file_bytes"
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in member.parameters):
-        gathered.missing[saved] = "not saved: the weights hold NaN or Inf"
-        return member.diverged or f"step {member.step}: the update left weights that are not finite"
-    with gathered.timed("save"):
-        if job.trial.method.has_adapter:
-            gathered.measurements[saved] = save_adapter(attached.model, folder.adapter_folder)
-        else:
-            gathered.measurements[saved] = save_model(attached.model, base.tokenizer, folder.model_folder)
-    return member.diverged
-
-
-def _weight_bytes(attached: Attached) -> dict[str, int]:
-    """Bytes of the weights, 4-bit constants and buffers included, told apart by whether they are trained."""
-    trainable = [parameter for parameter in attached.model.parameters() if parameter.requires_grad]
-    trainable_bytes = storage_bytes(trainable)
-    frozen_bytes = storage_bytes(model_tensors(attached.model)) - trainable_bytes
-    return {"frozen_weight_bytes": frozen_bytes, "trainable_weight_bytes": trainable_bytes}
-
-
-def _gather_training(member: Member, gathered: Gathered, *, device: torch.device) -> None:
-    """Totals of the step records. Speed is real tokens over the time of the steps themselves."""
-    seconds = sum(record.seconds for record in member.records)
-    tokens = sum(record.tokens for record in member.records)
-    padded = sum(record.padded_tokens for record in member.records)
-    gathered.measurements |= {
-        "steps": member.step,
-        "tokens": tokens,
-        "loss_tokens": sum(record.loss_tokens for record in member.records),
-        "optimizer_state_bytes": storage_bytes(state_tensors(member.optimizer)),
-    }
-    gathered.facts["optimizer"] = optimizer_facts(member.optimizer, device=device)
-    still = sum(record.gradient_norm == 0 for record in member.records)
-    if still:
-        gathered.warnings.append(
-            f"the gradient norm was exactly 0 at {still} of {member.step} steps: nothing was learnt there"
-        )
-    if member.records:
-        gathered.measurements |= {
-            "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "padding_fraction": 1 - tokens / padded,
-        }
-        gathered.metrics["train/loss"] = Metric(
-            value=member.records[-1].loss,
-            unit="nats/token",
-            higher_is_better=False,
-            standard_error=None,
-            num_examples=None,
-        )
-    else:
-        gathered.missing["tokens_per_second"] = "no step was finished"
 
 
 def _result(

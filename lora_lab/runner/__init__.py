@@ -1,0 +1,1 @@
+"""One job: load, attach, train, save, score, record."""

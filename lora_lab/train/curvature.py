@@ -1,0 +1,60 @@
+"""When and on what Sophia's curvature is estimated: the Gauss-Newton-Bartlett estimator every k steps.
+
+Algorithm 3 of Liu et al. 2023 (arXiv 2305.14342): at steps 1, k + 1, 2k + 1, ... on one mini-batch, with labels drawn
+from the model's own distribution. Here the mini-batch is the first micro-batch of the step; labels stand in for those
+of its loss tokens and are drawn from the run's own seed and the step's number, so a resumed run draws the same. In the
+first interval of a LoRA the estimate for A is zero (B is zero), and A moves by sign descent at the full rate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from lora_lab.data.batches import Batch
+from lora_lab.models.loss_token_logits import LossTokenHead
+from lora_lab.optim.sophia import gauss_newton_bartlett
+from lora_lab.schema.optimization import Sophia
+from lora_lab.schema.trial import Trial
+
+if TYPE_CHECKING:
+    from lora_lab.train.member import Member
+
+
+@dataclass(frozen=True, slots=True)
+class CurvatureSchedule:
+    """Every `interval` steps, the first included; labels are drawn from `seed` and the step."""
+
+    interval: int
+    seed: int
+
+    def is_due(self, step: int) -> bool:
+        """Whether step `step` (from 0) begins with an estimate."""
+        return step % self.interval == 0
+
+
+def curvature_of(trial: Trial) -> CurvatureSchedule | None:
+    """The schedule of a trial that is trained with Sophia, else None."""
+    optimizer = trial.optimizer
+    if not isinstance(optimizer, Sophia):
+        return None
+    return CurvatureSchedule(optimizer.estimate_interval, trial.seeds.dropout)
+
+
+def estimate_curvature(member: Member, head: LossTokenHead, batch: Batch) -> None:
+    """A forward and a backward pass beside the step's own; gradients of the step are not touched."""
+    assert member.curvature is not None
+    if member.dropout_clock is not None:
+        member.dropout_clock.step, member.dropout_clock.micro_batch = member.step, 0
+    logits = head(input_ids=batch.input_ids, attention_mask=batch.attention_mask, loss_mask=batch.loss_mask)
+    generator = torch.Generator(device=logits.device).manual_seed(_label_seed(member.curvature.seed, member.step))
+    parameters = member.active_parameters
+    estimates = gauss_newton_bartlett(logits, parameters, generator)
+    cast(Any, member.optimizer).update_hessian(dict(zip(parameters, estimates, strict=True)))
+
+
+def _label_seed(seed: int, step: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"sophia labels {seed} {step}".encode()).digest()[:8], "big") >> 1
