@@ -21,7 +21,10 @@ COMMANDS = {
     "runs": ("lora_lab.app.ledger_commands", "list the ledger, or export a slice of it (--format csv|parquet|json)"),
     "report": ("lora_lab.app.report_command", "the page of a study, or of the whole ledger: one HTML file"),
     "compare": ("lora_lab.app.ledger_commands", "two runs: difference of configuration, paired difference of scores"),
-    "merge": ("lora_lab.app.model_commands", "adapters into the base, or several into one (linear, svd, ties)"),
+    "merge": (
+        "lora_lab.app.merge_command",
+        "adapters into the base, or several into one (linear, cat, svd, ties, dare)",
+    ),
     "generate": ("lora_lab.app.model_commands", "what a run's model answers to a prompt"),
     "wandb": ("lora_lab.app.wandb_commands", "copy runs to W&B again (push), or make a study's workspace there"),
     "fetch": (

@@ -125,7 +125,8 @@ class GaLore(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 stand_in = self._stand_ins.get(parameter)
-                self.state[parameter].update(self._inner.state.get(parameter if stand_in is None else stand_in, {}))
+                own = self._inner.state.get(parameter if stand_in is None else stand_in)
+                self.state[parameter].update(own or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a state of `state_dict()`: bases, counts, and the states of the optimizer inside."""
@@ -133,7 +134,8 @@ class GaLore(torch.optim.Optimizer):
         for parameter, state in self.state.items():
             own = {key: value for key, value in state.items() if key not in ("left", "right", "projections")}
             if own:
-                self._inner.state[self._stand_ins.get(parameter, parameter)] = own
+                stand_in = self._stand_ins.get(parameter)
+                self._inner.state[parameter if stand_in is None else stand_in] = own
         for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
             own["lr"] = group["lr"]
 

@@ -47,6 +47,7 @@ class Sophia(torch.optim.Optimizer):
         return loss
 
     def _move(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
+        assert parameter.grad is not None
         state, rate = self._state_of(parameter), group["lr"]
         momentum = state["momentum"].lerp_(parameter.grad, 1 - group["betas"][0])
         parameter.mul_(1 - rate * group["weight_decay"])

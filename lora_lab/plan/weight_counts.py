@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.plan.layer_groups import layer_of
@@ -39,7 +40,8 @@ def _galore(trial: Trial, shape: Shape, base: int) -> int:
 
 
 def _freeze(trial: Trial, shape: Shape, base: int) -> int:
-    last, names = trial.method.last_layers, trial.method.modules
+    method: Any = trial.method
+    last, names = method.last_layers, method.modules
     _check_layers("method.last_layers", last, shape, trial)
     modules = modules_of(shape)
     layers = {module.name: layer_of(module.name) for module in modules}
@@ -66,17 +68,18 @@ def _lies_in(module_name: str, name: str) -> bool:
 
 
 def _lisa(trial: Trial, shape: Shape, base: int) -> int | None:
-    _check_layers("method.layers", trial.method.layers, shape, trial)
-    weights = trial.method.weights
+    method: Any = trial.method
+    _check_layers("method.layers", method.layers, shape, trial)
+    weights = method.weights
     if weights and len(weights) != shape.num_layers:
         rule = f"expected a probability for each of the {shape.num_layers} layers, got {len(weights)}"
         raise InputError(Problem("method.weights", rule))
-    if trial.method.probabilities != "uniform":
+    if method.probabilities != "uniform":
         return None
     modules = _own_modules(trial, shape)
     always = sum(module.parameters for module in modules if layer_of(module.name) is None)
     layer: int = sum(module.parameters for module in modules if layer_of(module.name) == 0)
-    return always + int(trial.method.layers) * layer
+    return always + int(method.layers) * layer
 
 
 def _own_modules(trial: Trial, shape: Shape) -> list[Module]:

@@ -12,7 +12,7 @@ from lora_lab.errors import InputError, Problem
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
-from lora_lab.schema.method import PROMPT_KINDS
+from lora_lab.schema.method import PROMPT_KINDS, ROUTED_KINDS
 from lora_lab.schema.trial import Trial, read_trial
 from lora_lab.schema.weight_methods import Lisa
 
@@ -21,7 +21,7 @@ NORMS = ("norms_full", "norms_lora")
 PARENT_ROLES = (START, *NORMS)
 
 # What cannot be melted into a weight, since it is no change of one.
-_UNMERGEABLE = (*PROMPT_KINDS, "bottleneck", "mov", "molora", "loramoe", "mola")
+_UNMERGEABLE = (*PROMPT_KINDS, *ROUTED_KINDS, "bottleneck")
 # What is saved is not all that was trained: PiSSA and OLoRA as a LoRA of twice the rank, AdaLoRA pruned, prompts made.
 _NOT_CONTINUED = ("pissa", "olora", "adalora", "p_tuning")
 

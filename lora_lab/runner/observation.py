@@ -15,14 +15,20 @@ from typing import Any
 from lora_lab.adapters.attach import Attached
 from lora_lab.adapters.balance import expert_distances
 from lora_lab.adapters.expert_layer import LoraExpertsLayer
+from lora_lab.adapters.norms import OriginalWeights, layer_norms
 from lora_lab.record.layer_log import write_observation
 
 
 class Observer:
-    """Writes to the layer log at `path`. `seconds`: what that took so far."""
+    """Writes to the layer log at `path`. `seconds`: what that took so far.
 
-    def __init__(self, attached: Attached, path: Path, *, name: str = "default") -> None:
+    original: the folder of the base, for methods that train its own weights; None where these started from another
+    run's, so that their change is not known.
+    """
+
+    def __init__(self, attached: Attached, path: Path, *, original: Path | None, name: str = "default") -> None:
         self._attached, self._path, self._name = attached, path, name
+        self._original = None if original is None else OriginalWeights(original)
         self.seconds = 0.0
 
     def observe(self, step: int) -> None:
@@ -34,7 +40,7 @@ class Observer:
 
     def _observations(self) -> list[tuple[str, Mapping[str, Any]]]:
         model = self._attached.model
-        found: list[tuple[str, Mapping[str, Any]]] = [("norms", self._norms())]
+        found: list[tuple[str, Mapping[str, Any]]] = [("norms", layer_norms(model, self._original))]
         if self._attached.routing is not None:
             routers = {name: asdict(one) for name, one in self._attached.routing.statistics().items()}
             found.append(("routing", {"routers": routers}))
@@ -46,6 +52,3 @@ class Observer:
         if distances:
             found.append(("experts", {"distances": distances}))
         return found
-
-    def _norms(self) -> Mapping[str, Any]:
-        return {}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from lora_lab.adapters.attach import Attached
 from lora_lab.adapters.changed import save_changed
+from lora_lab.adapters.prompts import check_room, virtual_tokens
 from lora_lab.adapters.save import save_adapter, save_model
 from lora_lab.data.encode import EncodedSet
 from lora_lab.memory.live_bytes import model_tensors, storage_bytes
@@ -39,6 +42,7 @@ def train_and_save(
 ) -> str | None:
     """Trains and saves; returns why it diverged, or None."""
     device = base.model.device
+    check_room(attached.model, virtual_tokens(attached.model), max(examples.lengths))
     gathered.measurements |= _weight_bytes(attached)
     member = member_of(job.trial, attached, examples.examples, name=job.name)
     enable_checkpointing(attached.model, job.trial.training.gradient_checkpointing)
@@ -58,7 +62,7 @@ def train_and_save(
     else:
         gathered.missing["gradient_bytes"] = "counted on the probe step, which only a CPU needs"
     watcher.phase(folder.run_id, "training")
-    observer = Observer(job.trial, base, attached, folder.layers_path)
+    observer = Observer(attached, folder.layers_path, original=_original(job, base))
     observed = observed_steps(member.total_steps)
     with StepLog(folder.steps_path) as log, gathered.timed("train"), meter.phase("train"):
 
@@ -77,6 +81,12 @@ def train_and_save(
         gathered.measurements["peak_reserved_bytes"] = meter.measurements["train_peak_reserved_bytes"]
     watcher.phase(folder.run_id, "saving")
     return _save(job, folder, gathered, base, attached, member)
+
+
+def _original(job: Job, base: LoadedBase) -> Path | None:
+    """Where the weights lie that a training of the model's own weights starts from."""
+    trial = job.trial
+    return Path(base.facts["model_folder"]) if trial.method.trains == "weights" and trial.init_from is None else None
 
 
 def _save(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -92,7 +92,7 @@ def accumulate(
     Returns the step's mean token loss of the language model, and the method's auxiliary losses by name: trained on with
     their weights, never in the reported loss.
     """
-    total, auxiliary = 0.0, Counter[str]()
+    total, auxiliary = 0.0, defaultdict[str, float](float)
     for index, batch in enumerate(micro_batches):
         if member.dropout_clock is not None:
             member.dropout_clock.step, member.dropout_clock.micro_batch = member.step, index
@@ -104,7 +104,7 @@ def accumulate(
         for one in [] if member.auxiliary is None else member.auxiliary.close():
             loss = loss + one.weight * share * one.value
             auxiliary[one.name] += share * one.value.item()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     return total, dict(auxiliary)
 
 
