@@ -52,7 +52,6 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT
     # What is used of PEFT's untyped half.
     active_adapters: list[str]
     disable_adapters: bool
-    set_adapter: Callable[..., None]
     _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
@@ -103,7 +102,6 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT
         self.lora_experts_B[adapter_name] = nn.Parameter(torch.zeros(num_experts, self.out_features, config.r))
         self.lora_experts_router[adapter_name] = nn.Parameter(router)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., in] to [..., out], in the dtype of the base layer's output."""
