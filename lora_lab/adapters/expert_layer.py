@@ -34,8 +34,8 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT
     back. With ranks this small that costs less than gathering the tokens of each expert, an expert without a token
     needs no case of its own, and its gradient is zero rather than missing.
 
-    Differences: the released code of MoLoRA draws A from a normal distribution (0.02); MoLA's loops over experts and
-    draws another dropout mask for each, here all experts of a token see the same one.
+    Differences: the released code of MoLoRA draws A from a normal distribution (0.02); those of LoRAMoE and MoLA loop
+    over experts and draw another dropout mask for each, here all experts of a token see the same one.
 
     The base layer (nn.Linear, transformers' Conv1D, bitsandbytes' 4-bit and 8-bit layers) is only ever called. On a
     bf16 base the adapter is in float32, as PEFT does it, and the sum is rounded to the base's output dtype once.
