@@ -31,8 +31,8 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT
     float64 on a float64 base.
 
     All experts are computed for all tokens: one product gives n*r numbers per token, s scales them, one product goes
-    back. With ranks this small that costs less than gathering the tokens of each expert, an expert without a token
-    needs no case of its own, and its gradient is zero rather than missing.
+    back. Nothing waits for the device to say who chose whom, an expert without a token needs no case of its own, and
+    its gradient is zero rather than missing.
 
     Differences: the released code of MoLoRA draws A from a normal distribution (0.02); those of LoRAMoE and MoLA loop
     over experts and draw another dropout mask for each, here all experts of a token see the same one.
