@@ -127,6 +127,7 @@ class MovLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT is unty
         self.out_features = int(base_layer.nf if is_transposed else base_layer.out_features)
         self.is_feedforward = feedforward
         self.routing_log: RoutingNotes | None = None
+        self.routing_adapter: str | None = None
         self.routing_name = name
         self.mov_vectors = nn.ParameterDict()
         self.mov_router = nn.ParameterDict()
@@ -211,7 +212,7 @@ class MovLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT is unty
     def _mixed_vector(self, name: str, read: Tensor) -> Tensor:
         """`read` (..., width of the router); (..., width of what is scaled), both in the router's precision."""
         s = functional.linear(read, self.mov_router[name].to(read.dtype)).softmax(dim=-1)
-        if self.routing_log is not None:
+        if self.routing_log is not None and name == self.routing_adapter:
             self.routing_log.note(self.routing_name, s, s)
         vectors: Tensor = self.mov_vectors[name].to(read.dtype)
         return s @ vectors

@@ -108,7 +108,7 @@ class Notes:
 def listening(model: Any) -> Notes:
     notes = Notes()
     for layer in layers_of(model).values():
-        layer.routing_log = notes
+        layer.routing_log, layer.routing_adapter = notes, "default"
     return notes
 
 
