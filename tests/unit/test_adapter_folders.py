@@ -362,6 +362,20 @@ def test_adalora_that_peft_has_cut_on_a_half_precision_base(tmp_path: Path) -> N
             assert torch.equal(parameter, tensors[key])
 
 
+def test_a_cut_adalora_beside_one_in_training(tmp_path: Path) -> None:
+    """PEFT freezes the active adapter where it cuts another one."""
+    save_adapter(trained_adalora(network(), adalora("llama"), steps=8), tmp_path / "a")
+    alone = logits_of(load_adapter(network(), tmp_path / "a"))
+    model = adapted(network(), adalora("llama"), name="mine")
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    before = logits_of(model)
+    load_adapter(model, tmp_path / "a", name="other")
+    assert {key for key, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    assert torch.equal(logits_of(model), before)
+    model.set_adapter("other", inference_mode=True)
+    assert far(logits_of(model), alone) < 1e-5
+
+
 def test_a_model_with_an_adapter_named_like_a_layer_is_saved(tmp_path: Path) -> None:
     model = trained_adalora(network(), adalora("llama"), steps=8, name="model")
     logits = logits_of(model)
