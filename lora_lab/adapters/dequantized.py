@@ -27,6 +27,8 @@ def on_plain_base(model: PeftModel) -> tuple[PeftModel, list[nn.Module]]:
     names = list(model.active_adapters)
     configs = [replace(model.peft_config[name], inference_mode=True) for name in names]
     weights = [get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) for name in names]
+    inner = model.get_base_model()
+    inner.is_loaded_in_4bit = inner.is_loaded_in_8bit = False  # or PEFT would not take an IA3 off
     base = model.unload()
     layers = dequantize(base)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -48,7 +50,7 @@ def dequantize(base: Any) -> list[nn.Module]:
         base.set_submodule(name, plain)
         layers.append(plain)
     base.hf_quantizer = None
-    base.is_quantized = base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
+    base.is_quantized = False
     for owner, key in ((base, "quantization_method"), (base.config, "quantization_config")):
         if hasattr(owner, key):
             delattr(owner, key)
