@@ -13,14 +13,17 @@ from typing import Any
 import torch
 
 from lora_lab.adapters.changed import load_changed
+from lora_lab.adapters.lisa import importance_probabilities
 from lora_lab.adapters.merge import melt_into_base
 from lora_lab.adapters.save import load_adapter, load_adapter_weights
 from lora_lab.models.load import LoadedBase, load_base
+from lora_lab.record.layer_log import read_observations
 from lora_lab.record.ledger import Ledger
-from lora_lab.record.parents import START, parent_record
+from lora_lab.record.parents import NORMS, START, parent_record
 from lora_lab.record.run_record import RunRecord
 from lora_lab.schema.model import FolderModel
 from lora_lab.schema.trial import Trial, read_trial
+from lora_lab.schema.weight_methods import Lisa
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,15 @@ class Restorer:
         """Gives adapter `name` of `model` the weights of the run that the trial goes on with, if there is one."""
         if trial.init_from is not None and trial.init_as == "adapter":
             load_adapter_weights(model, parent_record(self.ledger, identities, START).adapter_folder, name=name)
+
+    def layer_probabilities(self, trial: Trial, identities: Mapping[str, str]) -> list[float] | None:
+        """LISA's probabilities where they come from the layer logs of two other runs; None for every other trial."""
+        method = trial.method
+        if not isinstance(method, Lisa) or method.probabilities != "from_norm_log":
+            return None
+        records = [parent_record(self.ledger, identities, role) for role in NORMS]
+        full, lora = ([line["update"] for line in read_observations(one.layers_path, "norms")] for one in records)
+        return importance_probabilities(full, lora, expected=method.layers)
 
     def model_of(self, record: RunRecord) -> tuple[Trial, LoadedBase, Any]:
         """The trial of a run whose weights are there, its base, and the model as it was scored."""

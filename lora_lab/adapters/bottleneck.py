@@ -115,7 +115,7 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]  # PEFT is untyped
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        if self.bottleneck_size < 1:
+        if not isinstance(self.bottleneck_size, int) or self.bottleneck_size < 1:
             raise ValueError(f"bottleneck_size: expected an integer >= 1, got {self.bottleneck_size}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f'activation: no such "{self.activation}"' + nearest(self.activation, list(ACTIVATIONS)))

@@ -31,11 +31,11 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT
     float64 on a float64 base.
 
     All experts are computed for all tokens: one product gives n*r numbers per token, s scales them, one product goes
-    back. With ranks this small that costs less than gathering the tokens of each expert, an expert without a token
-    needs no case of its own, and its gradient is zero rather than missing.
+    back. Nothing waits for the device to say who chose whom, an expert without a token needs no case of its own, and
+    its gradient is zero rather than missing.
 
-    Differences: the released code of MoLoRA draws A from a normal distribution (0.02); MoLA's loops over experts and
-    draws another dropout mask for each, here all experts of a token see the same one.
+    Differences: the released code of MoLoRA draws A from a normal distribution (0.02); those of LoRAMoE and MoLA loop
+    over experts and draw another dropout mask for each, here all experts of a token see the same one.
 
     The base layer (nn.Linear, transformers' Conv1D, bitsandbytes' 4-bit and 8-bit layers) is only ever called. On a
     bf16 base the adapter is in float32, as PEFT does it, and the sum is rounded to the base's output dtype once.
@@ -52,7 +52,6 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT
     # What is used of PEFT's untyped half.
     active_adapters: list[str]
     disable_adapters: bool
-    set_adapter: Callable[..., None]
     _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
@@ -103,7 +102,6 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT
         self.lora_experts_B[adapter_name] = nn.Parameter(torch.zeros(num_experts, self.out_features, config.r))
         self.lora_experts_router[adapter_name] = nn.Parameter(router)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., in] to [..., out], in the dtype of the base layer's output."""

@@ -131,12 +131,10 @@ class LoraExpertsModel(BaseTuner):  # type: ignore[misc]  # PEFT is untyped
             target.update_layer(adapter_name, experts, peft_config)
             return
         layer = LoraExpertsLayer(target, adapter_name, experts, peft_config, routing_name=current_key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter is not trained before it is switched to
         self._replace_module(parent, target_name, layer, target)
 
     def _check_merge_allowed(self) -> None:
-        # All of PEFT's ways to merge ask here first, so nothing is changed half-way.
+        # All of PEFT's ways to merge ask here first. The layers refuse too, but by then others may have been unpacked.
         raise ValueError(NO_MERGE)
 
 

@@ -20,6 +20,8 @@ fused c_attn is one site, all of whose output is scaled, as with PEFT's IA3.
 How we differ from the authors' code (T5, in JAX). It has one router and n vectors per site too, but routes each head of
 the attention by itself, with a router of head size x n that the heads share; here a token has the same weights in all
 heads. With n = 1 this is IA3.
+
+On a bfloat16 model the backward pass needs, per site, float32 copies of what is scaled and of what the router reads.
 """
 
 from __future__ import annotations
@@ -79,12 +81,14 @@ class MovConfig(PeftConfig):  # type: ignore[misc]  # PEFT is untyped
         """Checks the values and makes sets of lists of names, as PEFT does."""
         super().__post_init__()
         self.peft_type = PeftType["MOV"]
+        if isinstance(self.feedforward_modules, str):
+            raise ValueError(f'feedforward_modules: expected a list of names, got "{self.feedforward_modules}"')
         self.feedforward_modules = set(self.feedforward_modules or ())
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        if self.num_experts < 1:
+        if not isinstance(self.num_experts, int) or self.num_experts < 1:
             raise ValueError(f"num_experts: expected an integer >= 1, got {self.num_experts}")
         if self.router_input not in ROUTER_INPUTS:
             raise ValueError(f'router_input: no such "{self.router_input}"' + nearest(self.router_input, ROUTER_INPUTS))
@@ -123,6 +127,7 @@ class MovLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT is unty
         self.out_features = int(base_layer.nf if is_transposed else base_layer.out_features)
         self.is_feedforward = feedforward
         self.routing_log: RoutingNotes | None = None
+        self.routing_adapter: str | None = None
         self.routing_name = name
         self.mov_vectors = nn.ParameterDict()
         self.mov_router = nn.ParameterDict()
@@ -207,7 +212,7 @@ class MovLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT is unty
     def _mixed_vector(self, name: str, read: Tensor) -> Tensor:
         """`read` (..., width of the router); (..., width of what is scaled), both in the router's precision."""
         s = functional.linear(read, self.mov_router[name].to(read.dtype)).softmax(dim=-1)
-        if self.routing_log is not None:
+        if self.routing_log is not None and name == self.routing_adapter:
             self.routing_log.note(self.routing_name, s, s)
         vectors: Tensor = self.mov_vectors[name].to(read.dtype)
         return s @ vectors

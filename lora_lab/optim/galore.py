@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 Side = Literal["std", "reverse_std", "left", "right", "full"]
+# What of a matrix's state is not the inner optimizer's.
+_OWN_STATE = ("left", "right", "projections")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +133,10 @@ class GaLore(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a state of `state_dict()`: bases, counts, and the states of the optimizer inside."""
         super().load_state_dict(state_dict)
-        for parameter, state in self.state.items():
-            own = {key: value for key, value in state.items() if key not in ("left", "right", "projections")}
+        for parameter in [one for group in self.param_groups for one in group["params"]]:
+            own = {key: value for key, value in self.state[parameter].items() if key not in _OWN_STATE}
             if own:
-                stand_in = self._stand_ins.get(parameter)
-                self._inner.state[parameter if stand_in is None else stand_in] = own
+                self._inner.state[self._stand_ins.get(parameter, parameter)] = own
         for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
             own["lr"] = group["lr"]
 

@@ -97,7 +97,11 @@ def _carry_out(
             gathered.facts |= base.facts
             steps = steps_of(job.trial, len(rows.train))
             attached = attach(
-                base.model, job.trial, tokenizer=base.tokenizer, steps=None if steps is None else steps.steps
+                base.model,
+                job.trial,
+                tokenizer=base.tokenizer,
+                steps=None if steps is None else steps.steps,
+                probabilities=restorer.layer_probabilities(job.trial, job.identities),
             )
             restorer.start_adapter(job.trial, job.identities, attached.model)
             heldout = encode_rows(rows.heldout, base.tokenizer, job.trial.data, vocab_size=base.model.config.vocab_size)

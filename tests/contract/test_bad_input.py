@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from lora_lab import runner
+from lora_lab import restore
 from lora_lab.app import hydra_commands
 from lora_lab.app.cli import main
 from lora_lab.app.compose import Composer, config_loader
@@ -98,7 +98,7 @@ def call(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise WeightsLoadedError
 
-    monkeypatch.setattr(runner, "load_base", refuse)
+    monkeypatch.setattr(restore, "load_base", refuse)
     monkeypatch.setattr(hydra_commands, "config_loader", once.config_loader)
     monkeypatch.setattr(hydra_commands, "load_master", once.load_master)
     monkeypatch.setattr(hydra_commands, "Composer", once.composer)

@@ -90,6 +90,7 @@ def test_balance_counts_real_tokens_only() -> None:
     kept = scores[mask.bool()]
     expected = released_mola_loss([kept], [4], 2)
     torch.testing.assert_close(load_balancing_loss({"a": spoiled}, mask), expected)
+    torch.testing.assert_close(load_balancing_loss({"a": whole}, mask), expected)
     importance = routing_importance(spoiled, mask)
     assert importance.shape == (4, 3)
     for sample in range(3):

@@ -338,6 +338,7 @@ def test_any_order_of_imports_registers_it(first: str) -> None:
     ("settings", "message"),
     [
         ({"bottleneck_size": 0}, "bottleneck_size: expected an integer >= 1, got 0"),
+        ({"bottleneck_size": 0.5}, "bottleneck_size: expected an integer >= 1, got 0.5"),
         ({"activation": "rely"}, 'did you mean "relu"'),
         ({"placement": "paralel"}, 'did you mean "parallel"'),
         ({"scaling": math.inf}, "scaling: expected a finite number"),
@@ -359,7 +360,7 @@ def test_modules_that_do_not_fit_the_placement_are_refused() -> None:
         get_peft_model(network("llama"), BottleneckConfig(placement="parallel", **settings))
 
 
-def test_layers_can_be_chosen_and_biases_trained() -> None:
+def test_layers_can_be_chosen_and_biases_trained(tmp_path: Path) -> None:
     settings = {"bottleneck_size": 4, "target_modules": ["c_proj"], "exclude_modules": ["attn.c_proj"]}
     model = get_peft_model(
         network("gpt2"), BottleneckConfig(layers_to_transform=[1], bias="bottleneck_only", **settings)
@@ -368,3 +369,7 @@ def test_layers_can_be_chosen_and_biases_trained() -> None:
     trained = {name.removeprefix("base_model.model.transformer.h.1.mlp.c_proj.") for name in trained_names(model)}
     weights = {f"bottleneck_{part}.default.{kind}" for part in ("down", "up") for kind in ("weight", "bias")}
     assert trained == weights | {"base_layer.bias"}
+    logits = shaken(model).eval()(input_ids=IDS).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(network("gpt2"), tmp_path).eval()
+    assert torch.equal(loaded(input_ids=IDS).logits, logits)

@@ -108,7 +108,7 @@ class Notes:
 def listening(model: Any) -> Notes:
     notes = Notes()
     for layer in layers_of(model).values():
-        layer.routing_log = notes
+        layer.routing_log, layer.routing_adapter = notes, "default"
     return notes
 
 
@@ -377,6 +377,8 @@ def test_a_fresh_process_that_imports_the_lab_gives_the_same_logits(tmp_path: Pa
     ("settings", "message"),
     [
         ({"num_experts": 0}, "num_experts: expected an integer >= 1, got 0"),
+        ({"num_experts": 2.5}, "num_experts: expected an integer >= 1, got 2.5"),
+        ({"feedforward_modules": "down_.*"}, 'expected a list of names, got "down_'),
         ({"router_input": "site_inputs"}, 'did you mean "site_input"'),
         ({"feedforward_modules": ["up_proj"]}, '"up_proj" is not among the target modules'),
     ],

@@ -24,7 +24,7 @@ SHAPE = {
 }  # fmt: skip
 TRIAL: dict[str, Any] = {
     "model": {"kind": "random", "name": "tiny", "seed": 0, "shape": SHAPE, "tie_embeddings": None},
-    "method": {"kind": "lora"},
+    "method": {"kind": "lora", "rank_factors": []},
     "quantization": {"kind": "none", "double_quantization": False},
     "target": {**{part: part in ("query", "value") for part in PARTS}, "modules": []},
     "rank": 8,
@@ -34,12 +34,13 @@ TRIAL: dict[str, Any] = {
     "optimizer": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.999], "eps": 1e-8},
     "scheduler": {"kind": "linear", "warmup_steps": 0, "warmup_ratio": None},
     "data": {
-        "kind": "skills", "package_version": "0.1.25", "mixture": {"sums": 1.0}, "train_size": 100, "train_seed": 0,
+        "kind": "skills", "package_version": "0.1.25", "mixture": {"sums": 1.0}, "types": {}, "train_size": 100, "train_seed": 0,
         "heldout_size": 10, "heldout_seed": 1, "template": "auto", "loss_on": "answer", "max_length": 512,
     },
     "training": {
         "epochs": 2, "max_steps": None, "batch_size": 8, "micro_batch_size": 4, "max_gradient_norm": 1.0,
         "gradient_checkpointing": "off", "precision": "fp32", "bucket_batches": 8,
+        "layer_rates": [],
     },
     "evaluation": {
         "heldout": True, "answers": {"rows": 0, "max_new_tokens": 8}, "tasks": [], "engine": "stock", "batch_size": 8,
@@ -49,6 +50,8 @@ TRIAL: dict[str, Any] = {
     },
     "seed": 0,
     "seeds": {"data": None, "init": None, "dropout": None, "layers": None},
+    "init_from": None,
+    "init_as": "adapter",
 }  # fmt: skip
 
 
@@ -76,7 +79,7 @@ NF4 = {"kind": "nf4", "double_quantization": False}
     [
         ({"rank": 16}, "lora-r16-qv-s0"),
         ({"quantization": {**NF4, "double_quantization": True}, "seed": 1}, "lora-nf4dq-r8-qv-s1"),
-        ({"quantization": NF4, "method": {"kind": "dora"}}, "dora-nf4-r8-qv-s0"),
+        ({"quantization": NF4, "method": {"kind": "dora", "rank_factors": []}}, "dora-nf4-r8-qv-s0"),
         ({"method": {"kind": "full"}}, "full-s0"),
         ({"method": {"kind": "base"}}, "base"),
         ({"method": {"kind": "base"}, "quantization": NF4}, "base-nf4"),
@@ -140,7 +143,8 @@ def test_a_row_says_why_a_number_is_missing() -> None:
     model = {"kind": "hub", "name": None, "repo": "a/b", "revision": "main", "shape": None, "tie_embeddings": None}
     row = plan_rows([job(trial_of(model=model), train_rows=None)], done=())[0]
     assert (row.steps, row.train_rows, row.trainable_parameters, row.total_parameters) == (None, None, None, None)
-    assert row.missing.keys() == {"steps", "train_rows", "trainable_parameters", "total_parameters"}
+    counts = {f"{kind}_parameters" for kind in ("trainable", "adapter", "router", "total")}
+    assert row.missing.keys() == {"steps", "train_rows", *counts}
 
 
 def test_the_base_has_no_steps_and_nothing_to_train() -> None:

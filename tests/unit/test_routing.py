@@ -230,6 +230,14 @@ def test_specialization_of_planted_and_of_absent_groups() -> None:
     assert 1 <= sum(p <= 0.05 for p in p_values) <= 22
 
 
+def test_labels_that_only_change_names_count_as_the_same_groups() -> None:
+    """Three pairs: 6 of the 90 arrangements are the groups themselves, summed up in another order."""
+    table = np.repeat(np.random.default_rng(15).random((3, 4)), 2, axis=0)  # rounding differs for this seed
+    labels = ["a", "a", "b", "b", "c", "c"]
+    found = routing_specialization(table, labels, permutations=3000, seed=0)
+    assert abs(found.p_value - 6 / 90) < 0.014  # 3 standard errors
+
+
 def test_specialization_takes_routers_of_different_sizes_and_follows_its_seed() -> None:
     random = np.random.default_rng(2)
     tables = [random.random((10, 2)), random.random((10, 5))]
