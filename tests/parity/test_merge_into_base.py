@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_lab.adapters.attach import attach
 from lora_lab.adapters.merge import combine, merge_into_base
 from lora_lab.adapters.mergeable import merge_problem, type_problem
-from lora_lab.adapters.save import save_model
+from lora_lab.adapters.save import load_adapter, save_adapter, save_model
 from lora_lab.errors import InputError
 from lora_lab.models.packed import packed_layers
 from lora_lab.models.random import byte_tokenizer
@@ -146,6 +146,27 @@ def test_ia3_is_a_product(make_trial: MakeTrial, cache: Path) -> None:
                 torch.testing.assert_close(new.bias, old.bias * vector, atol=1e-12, rtol=0)
                 seen += 1
     assert seen == 4  # two layers with biases of keys and values
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_pruned_adalora_is_merged_as_it_was_scored(
+    make_trial: MakeTrial, cache: Path, tmp_path: Path, quantization: str
+) -> None:
+    lines = ("method=adalora", "rank=4", "target=all_linear", f"quantization={quantization}")
+    model = adapted(make_trial, cache, *lines)
+    masks = {}
+    with torch.no_grad():
+        for name, values in model.get_base_model().named_parameters():
+            if "lora_E" in name:
+                values[:: 1 if "layers.0.self_attn.q_proj" in name else 2] = 0.0
+                values *= 20
+                masks[name] = (values[:, 0] != 0).tolist()
+    model.peft_config["default"].rank_pattern = masks
+    save_adapter(model, tmp_path / "pruned")
+    trial = make_trial(*lines)
+    merged = merge_into_base(load_adapter(load(trial, cache), tmp_path / "pruned"), IDS)
+    assert difference(merged.model, model) < 1e-5
+    assert difference(merged.model, load(trial, cache)) > 0.05
 
 
 @pytest.mark.parametrize("method", ["pissa", "olora"])
