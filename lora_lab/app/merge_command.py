@@ -30,7 +30,7 @@ _FOR_SEVERAL = ("weights", "kind", "density", "seed")
 
 def main(arguments: Sequence[str]) -> int:
     """Runs `merge ...`; returns the exit code."""
-    options = _options(arguments)
+    options = _options(arguments[1:])
     records = _mergeable(options)
     several = _combination(options, len(records)) if len(records) > 1 else None
     _, base, model = load_run(records[0], cache=cache_of(options), device=choose_device(options.device))
