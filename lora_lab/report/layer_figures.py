@@ -102,7 +102,7 @@ def _norms_line(
         "mode": "lines+markers",
         "line": {"color": colour, "width": 2 if dash == "solid" else 1.5, "dash": dash},
         "marker": {"size": 5},
-        "hovertemplate": f"%{{x}}<br>{name}: %{{y:.4g}}<extra></extra>",
+        "hovertemplate": f"{name}: %{{y:.4g}}<br>layer: %{{x}}<extra></extra>",
     }
 
 

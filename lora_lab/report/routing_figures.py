@@ -55,7 +55,7 @@ def load_figure(training: RoutingInTraining) -> Figure:
                 "xgap": 1,
                 "ygap": 1,
                 "hovertemplate": f"layer %{{y}}, {escaped(clean(kind))}<br>expert %{{x}}: "
-                "%{z:.3g} of an even share<extra></extra>",
+                "%{z:.3g} times an even share<extra></extra>",
             }
         )
     return {"data": data, "layout": layout}
@@ -107,7 +107,7 @@ def _share_colours(rows: Iterable[Sequence[float]]) -> dict[str, Any]:
             "ypad": 4,
             "thickness": 10,
             "tickvals": [low, 1, high],
-            "ticktext": [f"{low:.2g}x" if low else "0", "even", f"{high:.2g}x"],
+            "ticktext": [f"{low:.2f}x" if low else "0", "even", f"{high:.2f}x"],
             "ticklabeloverflow": "allow",
         },
     }
@@ -210,6 +210,6 @@ def _task_panel(
         "coloraxis": "coloraxis",
         "xgap": 2,
         "ygap": 2,
-        "hovertemplate": "%{customdata}<br>expert %{x}: %{z:.3g} of an even share<extra></extra>",
+        "hovertemplate": "%{customdata}<br>expert %{x}: %{z:.3g} times an even share<extra></extra>",
     }
     return {**panel, "texttemplate": "%{z:.2f}"} if has_numbers else panel

@@ -38,7 +38,7 @@ def test_norms_by_place_in_the_order_of_the_model(tmp_path: Path) -> None:
 
 def test_of_a_step_that_was_taken_twice_the_later_counts(tmp_path: Path) -> None:
     path = tmp_path / "layers.jsonl"
-    for step, value in ((5, 1.0), (10, 2.0), (5, 3.0)):
+    for step, value in ((10, 2.0), (5, 1.0), (5, 3.0)):
         write_observation(path, step, "norms", {"weight": {"0": value}, "update": {}})
     assert [(one.step, one.weight) for one in layer_norms(record_in(tmp_path)).observations] == [
         (5, (3.0,)),

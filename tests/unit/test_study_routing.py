@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,13 @@ def test_settings_side_by_side_with_intervals_over_seeds() -> None:
     assert [point.value for point in row.p_values["all"]] == pytest.approx([0.01, 0.02, 0.03])
     assert row.p_values["trained"] == ()
     assert "relative_entropy/trained" in json.dumps(row.to_json())
+
+
+def test_a_trial_that_was_repeated_counts_once() -> None:
+    first = routed(0, facts=summary((0.8, 0.6, 0.2), 0.01))
+    again = replace(first, folder=first.folder.with_name(f"{first.run_id}.r1"))
+    (row,) = routing_rows([first, again], settings_table([first, again], metrics=None))
+    assert len(row.cells["relative_entropy", "trained"].points) == 1 and len(row.p_values["all"]) == 1
 
 
 def test_settings_without_a_number_have_their_reason() -> None:
