@@ -111,6 +111,14 @@ def _galore_projects_gradients_only(trial: Trial) -> list[Problem]:
     return []
 
 
+def _quantized_adalora_keeps_its_precision(trial: Trial) -> list[Problem]:
+    """PEFT 0.21's AdaLoRA on an int8 base answers in fp32 whatever comes in, and a bf16 model stops there."""
+    if trial.method.kind == "adalora" and trial.quantization.kind == "int8" and trial.training.precision == "bf16":
+        rule = "adalora on an int8 base works in fp32 only; use training.precision=fp32, or quantization=nf4"
+        return [Problem("training.precision", rule)]
+    return []
+
+
 def _start_needs_an_adapter(trial: Trial) -> list[Problem]:
     if trial.init_from is not None and trial.method.trains == "nothing":
         return [Problem("init_from", "method=base trains nothing, so it starts from nothing; leave init_from out")]
@@ -187,6 +195,7 @@ _RULES: tuple[tuple[Callable[[Trial], list[Problem]], frozenset[str]], ...] = (
     (_experts_are_on_linear_layers, frozenset({"method", "target"})),
     (_types_are_known, frozenset({"method", "data"})),
     (_galore_projects_gradients_only, frozenset({"method", "optimizer"})),
+    (_quantized_adalora_keeps_its_precision, frozenset({"method", "quantization", "training"})),
     (_start_needs_an_adapter, frozenset({"method", "init_from", "init_as"})),
     (_double_precision_is_plain, frozenset({"training", "quantization", "optimizer"})),
     (_adapter_needs_target, frozenset({"method", "target"})),
