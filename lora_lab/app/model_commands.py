@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("prompt")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(arguments[1:])
     if options.max_new_tokens < 1:
         raise InputError(Problem("--max-new-tokens", f"must be >= 1, got {options.max_new_tokens}"))
     record = open_ledger(options.root).resolve(options.run)
