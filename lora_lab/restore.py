@@ -15,11 +15,12 @@ import torch
 from lora_lab.adapters.changed import load_changed
 from lora_lab.adapters.lisa import importance_probabilities
 from lora_lab.adapters.merge import melt_into_base
+from lora_lab.adapters.norms import observed_updates
 from lora_lab.adapters.save import load_adapter, load_adapter_weights
 from lora_lab.models.load import LoadedBase, load_base
 from lora_lab.record.layer_log import read_observations
 from lora_lab.record.ledger import Ledger
-from lora_lab.record.parents import NORMS, START, parent_record
+from lora_lab.record.parents import NORMS, START, WEIGHTS, parent_record, weights_identity
 from lora_lab.record.run_record import RunRecord
 from lora_lab.schema.model import FolderModel
 from lora_lab.schema.trial import Trial, read_trial
@@ -35,15 +36,16 @@ class Restorer:
     device: torch.device
 
     def base_of(self, trial: Trial, identities: Mapping[str, str]) -> LoadedBase:
-        """The base that a trial works on: its model, or the weights of the run it starts from.
+        """The base that a trial works on: its model, or what another run made of it.
+
+        That is the run it starts from, or, where it goes on with that run's adapter, what lies under this one.
 
         Raises:
-            InputError: the run it starts from is gone, or what it saved cannot be used.
+            InputError: the run is gone, or what it saved cannot be used.
         """
-        if trial.init_from is None or trial.init_as == "adapter":
+        if WEIGHTS not in identities:
             return self._load(trial)
-        parent = parent_record(self.ledger, identities, START)
-        return self._weights_of(parent, precision=trial.training.precision)
+        return self._weights_of(parent_record(self.ledger, identities, WEIGHTS), precision=trial.training.precision)
 
     def start_adapter(self, trial: Trial, identities: Mapping[str, str], model: Any, *, name: str = "default") -> None:
         """Gives adapter `name` of `model` the weights of the run that the trial goes on with, if there is one."""
@@ -56,7 +58,7 @@ class Restorer:
         if not isinstance(method, Lisa) or method.probabilities != "from_norm_log":
             return None
         records = [parent_record(self.ledger, identities, role) for role in NORMS]
-        full, lora = ([line["update"] for line in read_observations(one.layers_path, "norms")] for one in records)
+        full, lora = (observed_updates(read_observations(one.layers_path, "norms")) for one in records)
         return importance_probabilities(full, lora, expected=method.layers)
 
     def model_of(self, record: RunRecord) -> tuple[Trial, LoadedBase, Any]:
@@ -77,12 +79,14 @@ class Restorer:
             )
             return self._load(trial.model_copy(update={"model": model}), precision=precision)
         base = self._based(trial, identities, precision=precision)
+        model = base.model
         if trial.method.saves == "changed":
-            load_changed(base.model, record.saved_folder("changed"), identity=identities["base"])
+            load_changed(model, record.saved_folder("changed"), identity=weights_identity(identities))
         elif trial.method.saves == "adapter":
-            model = melt_into_base(load_adapter(base.model, record.adapter_folder))
-            return LoadedBase(model, base.tokenizer, base.facts)
-        return base
+            model = melt_into_base(load_adapter(model, record.adapter_folder))
+        if trial.method.trains != "nothing":
+            model.name_or_path = model.config._name_or_path = ""  # an adapter saved on it would name the plain model
+        return LoadedBase(model, base.tokenizer, base.facts)
 
     def _based(self, trial: Trial, identities: Mapping[str, str], *, precision: str) -> LoadedBase:
         training = trial.training.model_copy(update={"precision": precision})

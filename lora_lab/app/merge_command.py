@@ -20,7 +20,7 @@ from lora_lab.app.model_commands import cache_of, load_run, model_parser, saved_
 from lora_lab.errors import InputError, Problem
 from lora_lab.launch.device import choose_device
 from lora_lab.models.load import LoadedBase
-from lora_lab.record.parents import START
+from lora_lab.record.parents import WEIGHTS
 from lora_lab.record.run_record import RunRecord
 
 # Text on which a merged model is compared with the adapter it came from.
@@ -92,8 +92,8 @@ def _mergeable(options: argparse.Namespace) -> list[RunRecord]:
 
 def _base_of(record: RunRecord) -> tuple[object, ...]:
     """What the weights under a run's adapter are."""
-    start = None if record.header is None else record.header.identities.get(START)
-    return record.trial.get("model"), start if record.trial.get("init_as") == "weights" else None
+    below = None if record.header is None else record.header.identities.get(WEIGHTS)
+    return record.trial.get("model"), below
 
 
 def _adapter_problems(record: RunRecord, *, is_alone: bool) -> list[Problem]:

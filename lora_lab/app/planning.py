@@ -14,7 +14,7 @@ from lora_lab.plan.job import Job, job_of
 from lora_lab.plan.row import PlanRow, plan_rows
 from lora_lab.plan.study_file import value_key
 from lora_lab.record.ledger import Ledger
-from lora_lab.record.parents import PARENT_ROLES, parent_identities
+from lora_lab.record.parents import PARENT_ROLES, LedgerAsRead, parent_identities
 from lora_lab.schema.study import Study
 from lora_lab.schema.trial import Lab, Trial
 from lora_lab.schema.weight_methods import Base, Lisa
@@ -56,20 +56,21 @@ def make_plan(request: Request) -> Plan:
     trials = [trial for _, trial in judged]
     found.add(_metric_problems(request, trials))
     labs = [lab for lab, _ in judged if lab is not None]
-    if labs:
-        found.add(_lab_problems(labs))
-        for trial in trials:
-            found.attempt(functools.partial(_parents, trial, labs[0], facts))
-    found.raise_if_any()
     if not labs or facts is None:
+        found.raise_if_any()
         raise InputError("no points to run")
+    found.add(_lab_problems(labs))
+    ledger = LedgerAsRead(Path(labs[0].root))
+    for trial in trials:
+        found.attempt(functools.partial(_parents, trial, ledger, facts))
+    found.raise_if_any()
     jobs = [
-        _job(trial, facts, lab, overrides=point.overrides)
+        _job(trial, facts, lab, ledger, overrides=point.overrides)
         for lab, trial, point in zip(labs, trials, request.points, strict=True)
     ]
     if request.study is not None and request.study.baseline:
         jobs = _baselines(jobs) + jobs
-    rows = plan_rows(jobs, done=Ledger(Path(labs[0].root)).finished())
+    rows = plan_rows(jobs, done=ledger.finished())
     unique = {(job.fingerprint, job.repeat): job for job in reversed(jobs)}
     return Plan(labs[0], request.study, tuple(reversed(unique.values())), tuple(rows), tuple(facts.notes))
 
@@ -84,21 +85,21 @@ def _facts(request: Request) -> Facts | None:
     return None
 
 
-def _parents(trial: Trial, lab: Lab, facts: Facts | None) -> dict[str, str]:
+def _parents(trial: Trial, ledger: Ledger, facts: Facts) -> dict[str, str]:
     """Fingerprints of the runs that a trial is built on: none for most, nor where what decides it has problems."""
     has = trial.model_fields_set
     builds = "method" in has and (
         isinstance(trial.method, Lisa) or ("init_from" in has and trial.init_from is not None)
     )
-    if facts is None or not builds or not has >= _SECTIONS_OF_PARENTS:
+    if not builds or not has >= _SECTIONS_OF_PARENTS:
         return {}
     base = facts.base(trial, Findings())
-    return {} if base is None else parent_identities(trial, Ledger(Path(lab.root)), base=base["base"])
+    return {} if base is None else parent_identities(trial, ledger, base=base["base"])
 
 
-def _job(trial: Trial, facts: Facts, lab: Lab, *, overrides: tuple[str, ...]) -> Job:
+def _job(trial: Trial, facts: Facts, lab: Lab, ledger: Ledger, *, overrides: tuple[str, ...]) -> Job:
     identities, train_rows = facts.identities(trial)
-    identities |= _parents(trial, lab, facts)
+    identities |= _parents(trial, ledger, facts)
     return job_of(trial, identities, train_rows=train_rows, repeat=lab.repeat, tag=lab.tag, overrides=overrides)
 
 

@@ -40,7 +40,7 @@ def job_of(
 ) -> Job:
     """The job of a trial whose identities are known."""
     return Job(
-        name=readable_name(trial),
+        name=readable_name(trial, parent=identities.get("init_from")),
         trial=trial,
         identities=identities,
         fingerprint=fingerprint(trial, identities),

@@ -21,6 +21,7 @@ _NAMED_TARGETS = {
 }
 
 
+_PARENT_DIGITS = 8
 _SEED_IN_NAME = re.compile(r"-s\d+$")
 
 
@@ -33,8 +34,12 @@ class Absent(enum.StrEnum):
 ABSENT = Absent.ABSENT
 
 
-def readable_name(trial: Trial) -> str:
-    """A label such as `lora-nf4dq-r8-qv-s1`, `full-s0` or `base`. Not unique: the fingerprint is."""
+def readable_name(trial: Trial, *, parent: str | None = None) -> str:
+    """A label such as `lora-nf4dq-r8-qv-s1`, `full-s0` or `base`. Not unique: the fingerprint is.
+
+    parent: fingerprint of the run it starts from, told by its first digits (`lora-r8-qv-from0a1b2c3d-s0`): else a child
+    could bear the name of its parent, which would then name two runs.
+    """
     facts: list[str] = [trial.method.kind]
     if trial.quantization.kind != "none":
         facts.append(trial.quantization.kind + ("dq" if trial.quantization.double_quantization else ""))
@@ -42,6 +47,8 @@ def readable_name(trial: Trial) -> str:
         facts.append(f"r{trial.rank}")
     if "target" in trial.method.uses:
         facts.append(target_label(trial.target))
+    if parent is not None:
+        facts.append(f"from{parent[:_PARENT_DIGITS]}")
     if trial.method.kind != "base":
         facts.append(f"s{trial.seed}")
     return "-".join(facts)

@@ -18,6 +18,7 @@ from lora_lab.optim.optimizers import optimizer_facts, state_tensors
 from lora_lab.plan.job import Job
 from lora_lab.record.gathered import Gathered
 from lora_lab.record.layer_log import observed_steps
+from lora_lab.record.parents import weights_identity
 from lora_lab.record.result import Metric
 from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.step_log import StepLog
@@ -102,7 +103,7 @@ def _save(
             size = save_adapter(attached.model, folder.adapter_folder)
         elif form == "changed":
             names = attached.changed_after(member.step)
-            size = save_changed(attached.model, names, folder.changed_folder, identity=job.identities["base"])
+            size = save_changed(attached.model, names, folder.changed_folder, identity=weights_identity(job.identities))
         else:
             size = save_model(attached.model, base.tokenizer, folder.model_folder)
     gathered.measurements[name] = size

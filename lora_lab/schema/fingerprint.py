@@ -34,7 +34,10 @@ def canonical(trial: Trial, identities: Mapping[str, str]) -> dict[str, Any]:
     if trial.model.kind == "random":
         content["model"]["shape"] = trial.model.shape.model_dump(mode="json")
     unused = [axis for axis in _AXES if axis not in trial.method.uses]
-    unused += ["init_from"] + (["init_as"] if trial.init_from is None else [])  # the parent is known by its fingerprint
+    # The runs a trial is built on are known by their fingerprints, which are among the identities.
+    unused += ["init_from"] + (["init_as"] if trial.init_from is None else [])
+    if trial.method.kind == "lisa":
+        content["method"]["norm_log"] = []
     content = {key: value for key, value in content.items() if key not in unused}
     if trial.method.kind == "base":
         content = {key: value for key, value in content.items() if key not in _TRAINING_ONLY}
