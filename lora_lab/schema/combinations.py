@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lora_lab.errors import Problem
+from lora_lab.schema.adapter_methods import AdaLora
 from lora_lab.schema.expert_methods import Loramoe
 from lora_lab.schema.method import VECTOR_KINDS
 
@@ -169,6 +170,14 @@ def _rank_fits_the_width(trial: Trial) -> list[Problem]:
     return [Problem("rank", f"must be <= {shape.hidden_size}, the hidden size of {trial.model.name}, got {trial.rank}")]
 
 
+def _budget_shrinks(trial: Trial) -> list[Problem]:
+    method = trial.method
+    if not isinstance(method, AdaLora) or method.initial_rank >= trial.rank:
+        return []
+    rule = f"must be >= {trial.rank}, the rank at the end (rank), got {method.initial_rank}"
+    return [Problem("method.initial_rank", rule)]
+
+
 def _texts_say_something(trial: Trial) -> list[Problem]:
     """A path of nothing would be read as the current folder."""
     return [
@@ -189,6 +198,7 @@ _TEXTS = {
 _RULES: tuple[tuple[Callable[[Trial], list[Problem]], frozenset[str]], ...] = (
     (_texts_say_something, frozenset()),
     (_rank_fits_the_width, frozenset({"model", "method", "rank"})),
+    (_budget_shrinks, frozenset({"method", "rank"})),
     (_trained_weights_are_plain, frozenset({"method", "quantization"})),
     (_decomposed_weights_are_plain, frozenset({"method", "quantization"})),
     (_experts_stay_in_the_mlp, frozenset({"method", "target"})),
