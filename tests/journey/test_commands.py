@@ -236,12 +236,12 @@ def test_generate_answers_as_plain_transformers_does(filled: Lab, runs: dict[str
 
 
 def test_a_run_without_an_adapter_says_so(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_lab import runner
+    from lora_lab import restore
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(runner, "load_base", fail)
+    monkeypatch.setattr(restore, "load_base", fail)
     assert lab.run("seed=0").code == 3
     for command in (("generate", "lora-r8-qv-s0", "x"), ("merge", "lora-r8-qv-s0", "--output", str(lab.root / "m"))):
         answer = lab.load(*command)

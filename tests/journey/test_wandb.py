@@ -123,7 +123,7 @@ def test_nan_is_a_gap_and_the_end_of_a_diverged_run(lab: Lab, monkeypatch: pytes
 
 
 def test_a_run_tried_again_is_the_same_run(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_lab import runner
+    from lora_lab import restore
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "score_model", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("injected")))
