@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_lab.record.layer_log import write_observation
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Metric, Status
-from lora_lab.record.run_record import RunRecord
+from lora_lab.record.run_folder import RunFolder
+from lora_lab.record.run_record import ROUTING_FILE, RunRecord
 from lora_lab.record.step_log import StepLog
 from tests.unit.ledger_samples import claim, digest, loss, result_of, trial_of
 
@@ -45,9 +48,12 @@ def add_run(
     reason: str | None = None,
     answer: str = "42",
     metric_name: str = "heldout/loss",
+    step_values: Mapping[str, float] | None = None,
+    also: Callable[[RunFolder], None] = lambda folder: None,
     **changes: Any,
 ) -> RunRecord:
-    """One run with a falling loss, sample answers and costs that follow from its rank."""
+    """One run with a falling loss, sample answers and costs that follow from its rank. step_values: in every step's
+    line too. also: what else is written into its folder."""
     ledger = Ledger(root)
     folder = claim(ledger, trial, name=name)
     assert folder is not None
@@ -67,10 +73,12 @@ def add_run(
                         "padded_tokens": 420,
                         "seconds": 0.5,
                         "rss_bytes": 2_000_000_000,
+                        **{name: one / step for name, one in (step_values or {}).items()},
                     },
                 )
         lines = [{"index": 0, "prompt": f"What is {answer}?", "expected": "42", "answer": answer, "is_complete": True}]
         (folder.eval_folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        also(folder)
         size = 1000 * int(trial["rank"])
         fields: dict[str, Any] = {
             "status": status,
@@ -112,6 +120,92 @@ def fill(root: Path, *, ranks: Sequence[int], rates: Sequence[float], seeds: Seq
                 score = 2.5 - 0.1 * math.log2(rank) + 0.3 * away + 0.02 * math.sin(7 * seed + rank)
                 trial = trial_of(rank=rank, alpha=2.0 * rank, learning_rate=rate, seed=seed)
                 add_run(root, trial, score=score, steps=steps)
+
+
+KINDS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+
+
+def add_routed_run(
+    root: Path,
+    *,
+    seed: int = 0,
+    experts: Sequence[int] = (2, 3, 4),
+    kinds: Mapping[str, Sequence[str]] = KINDS,
+    kind: str = "mola",
+    labels: Sequence[str] = ("copy", "add"),
+    name: str | None = None,
+    steps: int = 12,
+) -> RunRecord:
+    """A mixture with as many experts in layer l as `experts` says, looked at in four intervals and at evaluation."""
+    draw = random.Random(seed)
+    counts = {
+        f"model.layers.{layer}.{part}.{end}": count
+        for layer, count in enumerate(experts)
+        for part, ends in kinds.items()
+        for end in ends
+    }
+    quarters = [max(steps * part // 4, 1) for part in (1, 2, 3, 4)]
+    summary: dict[str, Any] = {"labels": {}, "p_value": {"trained": 0.001, "all": 0.002 + seed / 500}}
+
+    def write(folder: RunFolder) -> None:
+        for step in quarters:
+            write_layers(folder.path / "layers.jsonl", step, counts, draw)
+        sources = [("heldout", label, True) for label in labels]
+        sources += [("task", "skills_trained", True), ("task", "skills_unseen", False), ("task", "prose", False)]
+        told = [_label(source, label, trained, counts, draw) for source, label, trained in sources]
+        for one in told:
+            routers = one["routers"].values()
+            entropies = [router["relative_entropy"] for router in routers if router["relative_entropy"] is not None]
+            summary["labels"][f"{one['source']}/{one['label']}"] = {
+                "trained": one["trained"],
+                "relative_entropy": math.fsum(entropies) / len(entropies),
+                "top2_mass": math.fsum(router["top2_mass"] for router in routers) / len(counts),
+            }
+        numbers = {"statistic": 0.0041, "shuffled_mean": 0.0013, "shuffled_quantile_95": 0.0019, "seed": 0}
+        sides = {side: {**numbers, "p_value": p, "permutations": 999} for side, p in summary["p_value"].items()}
+        content = {"schema_version": 1, "labels": told, "specialization": sides}
+        (folder.eval_folder / ROUTING_FILE).write_text(json.dumps(content))
+
+    trial = trial_of(method={"kind": kind, "experts": list(experts), "top_k": 2, "balance_weight": 0.001}, seed=seed)
+    trial["data"] = {"name": "skills"}
+    facts = {"executed": "alone", "warnings": [], "evaluation": {"routing": summary}}
+    losses = {"load_balancing_loss": 1.5}
+    return add_run(root, trial, name=name, steps=steps, step_values=losses, also=write, facts=facts)
+
+
+def write_layers(path: Path, step: int, counts: Mapping[str, int], draw: random.Random) -> None:
+    """One observation of norms, routers and distances; the experts of higher layers are farther apart."""
+    layers = 1 + max(int(name.split(".")[2]) for name in counts)
+    weight = {"embedding": 310.0, **{str(layer): 90 + 2.0 * layer for layer in range(layers)}, "final_norm": 24.0}
+    update = {"embedding": 0.0, **{str(layer): 0.01 * step * (1 + layer) for layer in range(layers)}, "final_norm": 0.0}
+    routers = {name: _router(count, 1 / (1 + step / 20), draw) for name, count in counts.items()}
+    distances = {
+        name: None if count < 2 else step * (1 + 0.1 * int(name.split(".")[2]) + 0.3 * draw.random())
+        for name, count in counts.items()
+    }
+    write_observation(path, step, "norms", {"weight": weight, "update": update})
+    write_observation(path, step, "routing", {"routers": routers})
+    write_observation(path, step, "experts", {"distances": distances})
+
+
+def _router(experts: int, relative_entropy: float, draw: random.Random) -> dict[str, Any]:
+    weights = [draw.random() ** (2 - relative_entropy) for _ in range(experts)]
+    load = [weight / math.fsum(weights) for weight in weights]
+    return {
+        "tokens": 4000,
+        "entropy": relative_entropy * math.log(experts),
+        "relative_entropy": relative_entropy * (0.9 + 0.1 * draw.random()) if experts > 1 else None,
+        "load": load,
+        "chosen": [min(1.0, 2 * share) for share in load],
+        "first": load,
+        "top2_mass": math.fsum(sorted(load)[-2:]),
+    }
+
+
+def _label(source: str, label: str, trained: bool, counts: Mapping[str, int], draw: random.Random) -> dict[str, Any]:
+    routers = {name: _router(count, 0.7 if trained else 0.8, draw) for name, count in counts.items()}
+    fields = {"label": label, "source": source, "trained": trained, "sequences": 16, "tokens": 640}
+    return {**fields, "routers": routers}
 
 
 def fill_hostile(root: Path) -> None:

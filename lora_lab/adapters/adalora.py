@@ -9,7 +9,6 @@ the first steps all scores are 0), here exactly as many entries as the budget st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from lora_lab.adapters.lora import is_transposed, named_base
 from lora_lab.adapters.select import find_targets
-from lora_lab.errors import InputError, Problem
+from lora_lab.plan.steps import budget_phases
 from lora_lab.schema.adapter_methods import AdaLora
 from lora_lab.schema.trial import Trial
 
@@ -33,10 +32,7 @@ def adalora_config(base_model: Any, trial: Trial, *, steps: int) -> AdaLoraConfi
     """
     method = trial.method
     assert isinstance(method, AdaLora)
-    initial, final = math.ceil(method.initial_share * steps), math.ceil(method.final_share * steps)
-    if initial >= steps - final:
-        rule = f"of {steps} steps the first {initial} and the last {final} leave none in which the budget could shrink"
-        raise InputError(Problem("method", rule))
+    initial, final = budget_phases(method, steps)
     targets = find_targets(base_model, trial.target, kind="adalora")
     return AdaLoraConfig(
         **named_base(base_model, trial),

@@ -6,9 +6,10 @@ pissa (Meng et al. 2024, arXiv 2404.02948, equations 2 to 4): W = U S V^T; B0 = 
 V_r^T.
 olora (Buyukakyuz 2024, arXiv 2406.01775): W = Q R; B0 = Q_r, A0 = R_r.
 
-PEFT overwrites the weight by its residual. Here W stays and -s B0 A0 is a second, frozen adapter (`START`, without
-dropout): the same function, but exact in bf16 too, with a base that others may share, and saved as what it is: a LoRA
-of rank 2r on the untouched base, A = [A; A0], B = [B, -B0]. It costs one more small product in each layer.
+PEFT overwrites the weight by its residual, which is rounded on a bf16 base. Here W stays and -s B0 A0 is a second,
+frozen adapter (`start_name`, without dropout): the same function, exact in bf16 too, on a base that others may share,
+and saved as what it is: a LoRA of rank 2r on the untouched base, A = [A; A0], B = [B, -B0]. It costs one more small
+product in each layer. PEFT's OLoRA fails on Conv1D, whose weight it does not transpose; here both work there.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lab.errors import InputError, Problem
 
-START = "start"
+
+def start_name(name: str) -> str:
+    """The adapter that holds what is taken out of the weights for adapter `name`; the two belong together."""
+    return f"{name}_start"
 
 
 def start_from_weights(model: Any, name: str, config: LoraConfig, *, kind: str) -> None:
     """Sets adapter `name` (attached as a plain LoRA) to the decomposition of its base, and adds what is taken out.
+
+    Where `name` is active, what is taken out is too; of a further adapter, not yet active, both have to be activated.
 
     Raises:
         InputError: a target that is no linear layer, or is narrower than its rank.
@@ -36,15 +42,17 @@ def start_from_weights(model: Any, name: str, config: LoraConfig, *, kind: str) 
     problems = [problem for layer_name, layer in _layers(model, name) for problem in _problems(layer_name, layer, name)]
     if problems:
         raise InputError(problems)
-    model.add_adapter(START, LoraConfig(**{**config.to_dict(), "lora_dropout": 0.0}))
+    start, is_active = start_name(name), name in model.active_adapters
+    model.add_adapter(start, LoraConfig(**{**config.to_dict(), "lora_dropout": 0.0}))
     for _, layer in _layers(model, name):
         a, b = initial_pair(_weight(layer), kind=kind, rank=layer.r[name], scaling=layer.scaling[name])
-        for adapter, sign in ((name, 1), (START, -1)):
+        for adapter, sign in ((name, 1), (start, -1)):
             with torch.no_grad():
                 layer.lora_A[adapter].weight.copy_(a)
                 layer.lora_B[adapter].weight.copy_(sign * b)
-    model.base_model.set_adapter([name, START])
-    model.base_model.set_requires_grad(START, requires_grad=False)
+    if is_active:
+        model.base_model.set_adapter([name, start])
+    model.base_model.set_requires_grad(start, requires_grad=False)
 
 
 def initial_pair(weight: Tensor, *, kind: str, rank: int, scaling: float) -> tuple[Tensor, Tensor]:

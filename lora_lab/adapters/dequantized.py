@@ -26,17 +26,19 @@ def on_plain_base(model: PeftModel) -> tuple[PeftModel, list[nn.Module]]:
         return model, []
     names = list(model.active_adapters)
     configs = [replace(model.peft_config[name], inference_mode=True) for name in names]
-    weights = [get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) for name in names]
-    base = model.unload()
-    layers = dequantize(base)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        weights = [get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) for name in names]
+        inner = model.get_base_model()
+        inner.is_loaded_in_4bit = inner.is_loaded_in_8bit = False  # or PEFT would not take an IA3 off
+        base = model.unload()
+        layers = dequantize(base)
         plain = get_peft_model(base, configs[0], adapter_name=names[0])
         for name, config in zip(names[1:], configs[1:], strict=True):
             plain.add_adapter(name, config)
-    for name, tensors in zip(names, weights, strict=True):
-        set_peft_model_state_dict(plain, tensors, adapter_name=name)
-    plain.base_model.set_adapter(names, inference_mode=True)
+        for name, tensors in zip(names, weights, strict=True):
+            set_peft_model_state_dict(plain, tensors, adapter_name=name)
+        plain.base_model.set_adapter(names, inference_mode=True)
     return plain.eval(), layers
 
 
@@ -48,7 +50,7 @@ def dequantize(base: Any) -> list[nn.Module]:
         base.set_submodule(name, plain)
         layers.append(plain)
     base.hf_quantizer = None
-    base.is_quantized = base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
+    base.is_quantized = False
     for owner, key in ((base, "quantization_method"), (base.config, "quantization_config")):
         if hasattr(owner, key):
             delattr(owner, key)

@@ -50,7 +50,6 @@ def merge_into_base(model: PeftModel, probe_ids: Tensor) -> Merged:
     Raises:
         InputError: the method has no equal in weights, or the merged weights or logits are not finite.
     """
-    _check_types(model)
     before = _logits(model, probe_ids)
     merged = melt_into_base(copy.deepcopy(model))
     difference = float((_logits(merged, probe_ids) - before).abs().max())

@@ -35,7 +35,7 @@ def add_peft_type(name: str) -> PeftType:
     PeftType._member_map_[name] = member
     PeftType._member_names_.append(name)
     PeftType._value2member_map_[name] = member
-    # From Python 3.12 on members are found as attributes of the class, which the enumeration itself would refuse to set.
+    # From Python 3.12 on members are attributes of the class, which the enumeration itself would refuse to set.
     type.__setattr__(PeftType, name, member)
     return member
 

@@ -151,7 +151,7 @@ def start_prompt(model: PeftModel, name: str, *, text: str | None, tokenizer: An
     tokens = torch.tensor([text_tokens(tokenizer, text, config.num_virtual_tokens)], device=model.device)
     if isinstance(config, PromptTuningConfig):
         with torch.no_grad():
-            model.prompt_encoder[name].embedding.weight.copy_(model.word_embeddings(tokens[0]))
+            model.prompt_encoder[name].embedding.weight.copy_(model.get_input_embeddings()(tokens[0]))
         config.prompt_tuning_init = PromptTuningInit.TEXT
         config.prompt_tuning_init_text = text
         config.tokenizer_name_or_path = config.base_model_name_or_path or _UNNAMED

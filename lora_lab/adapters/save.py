@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from lora_lab.adapters.accepted import ACCEPTED
-from lora_lab.adapters.decomposed import START, as_plain_lora
+from lora_lab.adapters.decomposed import as_plain_lora, start_name
 from lora_lab.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from lora_lab.adapters.prompts import match_precision
 from lora_lab.adapters.pruned_ranks import cut_layers, pruned_state
@@ -78,8 +78,8 @@ def _as_on_disk(model: PeftModel, name: str) -> tuple[PeftConfig, dict[str, Tens
         else:
             # An adapter on the embedding is no reason to save the embedding: it has not changed.
             weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-            if START in model.peft_config and name != START:
-                start = get_peft_model_state_dict(model, adapter_name=START, save_embedding_layers=False)
+            if (beside := start_name(name)) in model.peft_config:
+                start = get_peft_model_state_dict(model, adapter_name=beside, save_embedding_layers=False)
                 config, weights = as_plain_lora(config, weights, start)
     return config, {
         key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()

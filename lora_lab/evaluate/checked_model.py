@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from peft import PeftType
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lora_lab.adapters.prompts import check_room, virtual_tokens
@@ -92,6 +94,8 @@ class CheckedModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         if not virtual_tokens(self.model):
             return super()._model_generate(context, max_length, stop, **settings)  # type: ignore[no-any-return]
         mask = settings.pop("attention_mask")
+        if bool((mask == 0).any()) and self._padding_parts_window(max_length):
+            return self._generate_alone(context, mask, max_length, stop, **settings)
         with generation_inputs(self.model, context, mask) as inputs:
             return super()._model_generate(  # type: ignore[no-any-return]
                 inputs.pop("input_ids"),
@@ -101,6 +105,24 @@ class CheckedModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 **inputs,
                 **settings,
             )
+
+    def _padding_parts_window(self, max_length: int) -> bool:
+        """Whether a window of attention, which counts padding too, could lose a prefix behind it."""
+        window = getattr(self.model.config, "sliding_window", None)
+        is_prefix = self.model.peft_type == PeftType.PREFIX_TUNING
+        return is_prefix and window is not None and virtual_tokens(self.model) + max_length > window
+
+    def _generate_alone(
+        self, context: Tensor, mask: Tensor, max_length: int, stop: list[str], **settings: Any
+    ) -> Tensor:
+        """Row by row, without padding; its place is kept."""
+        rows = []
+        for ids, real in zip(context, mask.bool(), strict=True):
+            row = ids[real][None]
+            settings["attention_mask"] = torch.ones_like(row)
+            pads = len(ids) - row.shape[1]
+            rows.append(torch.cat((ids[:pads], self._model_generate(row, max_length - pads, stop, **settings)[0])))
+        return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
 
 
 def _check(requests: Sequence[Any], values: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""All scores of a model: held-out rows first, then lm-eval's tasks."""
+"""All scores of a model: held-out rows first, then lm-eval's tasks; of a mixture what its routers did on them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from lora_lab.data.rows import Row
 from lora_lab.evaluate.answers import write_answers
 from lora_lab.evaluate.harness import Scores, evaluate_model
 from lora_lab.evaluate.heldout import HeldoutScores, score_heldout
+from lora_lab.evaluate.routing import routing_summary, write_routing
 from lora_lab.record.run_record import HELDOUT_FILE
 from lora_lab.schema.evaluation import Evaluation
+from lora_lab.schema.method import ROUTED_KINDS
 from lora_lab.schema.trial import Trial
 
 
@@ -39,12 +41,21 @@ def score_model(
     """
     evaluation = trial.evaluation
     scores = evaluate_model(model, tokenizer, evaluation, cache=cache, output=output)
+    tasks = tuple(scores.facts.get("task_hashes", ()))
     why = write_answers(model, tokenizer, rows, evaluation.answers, template=trial.data.template, output=output)
     if why is not None:
         scores = replace(scores, missing=scores.missing | {"answers": why})
-    if not evaluation.heldout:
-        return scores
-    own = _score_heldout(model, tokenizer, heldout, evaluation)
+    if evaluation.heldout:
+        own = _score_heldout(model, tokenizer, heldout, evaluation)
+        _write_heldout(own, heldout, output)
+        scores = replace(scores, metrics=own.metrics | scores.metrics, missing=own.missing | scores.missing)
+    if trial.method.kind in ROUTED_KINDS and (heldout or tasks):
+        routing = write_routing(model, tokenizer, heldout, rows, tasks, output)
+        scores = replace(scores, facts=scores.facts | {"routing": routing_summary(routing)})
+    return scores
+
+
+def _write_heldout(own: HeldoutScores, heldout: Sequence[Encoded], output: Path) -> None:
     lines = [
         {
             "index": one.index,
@@ -56,7 +67,6 @@ def score_model(
     ]
     output.mkdir(parents=True, exist_ok=True)
     (output / HELDOUT_FILE).write_text("".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines))
-    return Scores(own.metrics | scores.metrics, own.missing | scores.missing, scores.facts, scores.seconds)
 
 
 def _score_heldout(

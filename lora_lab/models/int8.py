@@ -9,10 +9,10 @@ Each product quantizes its input rows in the same way and keeps outlier features
 The sum over codes is exact (int32); the second part and all scaling are float32, rounded once, to the input's dtype.
 The backward pass is straight through: dL/dx = dL/dy (s C / 127), as if the input had not been rounded.
 
-bitsandbytes 0.50 computes this on CUDA. On a CPU its layer is another function in training (the input is not quantized)
-than in evaluation, its constant 1 / 127^2 is too large by 1.8e-5 of itself, and every input is kept until the backward
-pass even under gradient checkpointing. Here its kernels quantize and multiply; the rest is written out, so that a run
-is scored on the function it was trained on.
+bitsandbytes 0.50 computes this on CUDA (by its source; not run here). On a CPU its layer is another function in
+training (the input is not quantized) than in evaluation, its constant 1 / 127^2 is too large by 1.8e-5 of itself, and
+every input is kept until the backward pass even under gradient checkpointing. Here its kernels quantize and multiply;
+the rest is written out, so that a run is scored on the function it was trained on.
 
 O depends on all rows of a call, padding included: that is the method, and it lets a row's score depend a little on
 its batch where features reach the threshold.
@@ -80,9 +80,10 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, codes: Tensor, scales: Tensor, threshold: float) -> Tensor:
         ctx.save_for_backward(codes, scales)
         ctx.dtype = rows.dtype
-        row_codes, row_scales, outliers = bitsandbytes.functional.int8_vectorwise_quant(
-            rows.to(torch.float16, copy=True), threshold=threshold
-        )
+        if not len(rows):  # the kernels for CUDA refuse it
+            return rows.new_zeros((0, len(codes)), dtype=torch.float32)
+        half = rows.to(torch.float16, copy=True, memory_format=torch.contiguous_format)  # it is written to
+        row_codes, row_scales, outliers = bitsandbytes.functional.int8_vectorwise_quant(half, threshold=threshold)
         sums = bitsandbytes.functional.int8_linear_matmul(row_codes, codes)
         product: Tensor = sums * (row_scales[:, None] / _LARGEST_CODE) * (scales / _LARGEST_CODE)
         if outliers.numel():

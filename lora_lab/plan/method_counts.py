@@ -39,7 +39,8 @@ def rank_of_layers(trial: Trial, *, num_layers: int) -> Mapping[int, int]:
         InputError: a factor that makes no whole rank >= 1; more factors than layers.
     """
     factors = getattr(trial.method, "rank_factors", ())
-    ranks = [trial.rank * factor for factor in factors]
+    # 50 x 0.14 is 7.000000000000001.
+    ranks = [round(trial.rank * factor, 9) for factor in factors]
     problems = [
         Problem("method.rank_factors", f"rank {trial.rank} x {factor:g} = {rank:g} is no whole rank >= 1")
         for factor, rank in zip(factors, ranks, strict=True)
@@ -55,6 +56,15 @@ def rank_of_layers(trial: Trial, *, num_layers: int) -> Mapping[int, int]:
 def _modules(trial: Trial) -> tuple[Module, ...]:
     modules = selected_modules(trial)
     assert modules is not None  # the shape is known
+    return modules
+
+
+def _linear_modules(trial: Trial) -> tuple[Module, ...]:
+    modules = _modules(trial)
+    for module in modules:
+        if module.kind == "embedding":
+            rule = f"method={trial.method.kind} decomposes linear layers only, {module.name} is an embedding"
+            raise InputError(Problem("target", rule))
     return modules
 
 
@@ -82,7 +92,13 @@ def _lora(trial: Trial, shape: Shape) -> Added:
 
 
 def _decomposed(trial: Trial, shape: Shape) -> Added:
-    """The frozen start that is subtracted is as large as the adapter."""
+    """The frozen start that is subtracted is as large as the adapter; no rank may be above a matrix's smaller side."""
+    modules, ranks = _linear_modules(trial), rank_of_layers(trial, num_layers=shape.num_layers)
+    for module in modules:
+        layer, narrow = layer_of(module.name), min(module.in_features, module.out_features)
+        rank = trial.rank if layer is None else ranks.get(layer, trial.rank)
+        if rank > narrow:
+            raise InputError(Problem("rank", f"must be <= {narrow}, the smaller side of {module.name}, got {rank}"))
     pairs = _pairs(trial, shape)
     return Added(pairs, 0, pairs)
 
@@ -94,8 +110,11 @@ def _dora(trial: Trial, shape: Shape) -> Added:
 
 def _adalora(trial: Trial, shape: Shape) -> Added:
     """P, Q and the singular values at the initial rank; PEFT keeps the rank of each matrix as one frozen number."""
-    modules = _modules(trial)
+    modules = _linear_modules(trial)
     rank = _setting(trial, "initial_rank")
+    if rank > shape.hidden_size:
+        rule = f"must be <= {shape.hidden_size}, the hidden size of {trial.model.name}, got {rank}"
+        raise InputError(Problem("method.initial_rank", rule))
     return Added(rank * (sum(_widths(modules)) + len(modules)), 0, len(modules))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_lab.errors import DataError, InputError, Problem
+from lora_lab.schema.adapter_methods import AdaLora
 from lora_lab.schema.optimization import Cosine, Linear, Scheduler, Wsd
 from lora_lab.schema.trial import Trial
 
@@ -38,7 +39,8 @@ def steps_of(trial: Trial, train_rows: int | None) -> StepPlan | None:
 
     Raises:
         DataError: for zero rows.
-        InputError: for a warm-up that does not end before training does, or that leaves no room for the decay.
+        InputError: for a warm-up that does not end before training does, or that leaves no room for the decay; for an
+            AdaLoRA without time to prune.
     """
     if trial.method.kind == "base":
         return None
@@ -55,6 +57,8 @@ def steps_of(trial: Trial, train_rows: int | None) -> StepPlan | None:
     warmup = _warmup_steps(trial.scheduler, steps)
     decay = math.ceil(trial.scheduler.decay_ratio * steps) if isinstance(trial.scheduler, Wsd) else None
     _check_phases(steps, warmup, decay)
+    if isinstance(trial.method, AdaLora):
+        budget_phases(trial.method, steps)
     return StepPlan(
         steps_per_epoch=per_epoch,
         steps=steps,
@@ -82,6 +86,22 @@ def _check_phases(steps: int, warmup: int, decay: int | None) -> None:
         raise InputError(
             Problem("scheduler", f"warm-up ({warmup}) and decay ({decay}) take more than the {steps} steps of training")
         )
+
+
+def budget_phases(method: AdaLora, steps: int) -> tuple[int, int]:
+    """The first steps without pruning and the last with the final budget, both rounded up.
+
+    Raises:
+        InputError: no step is left between them, or the only one is the first, after which importance is not known yet.
+    """
+    initial, final = math.ceil(method.initial_share * steps), math.ceil(method.final_share * steps)
+    if initial >= steps - final or steps - final < 2:
+        rule = (
+            f"adalora with {steps} steps: the first {initial} (initial_share) and the last {final} (final_share) leave "
+            "none in which the budget could shrink; train for more steps, or lower the shares"
+        )
+        raise InputError(Problem("method", rule))
+    return initial, final
 
 
 def learning_rate_multiplier(scheduler: Scheduler, steps: StepPlan) -> Callable[[int], float]:

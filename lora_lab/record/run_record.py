@@ -30,6 +30,7 @@ EVAL_FOLDER = "eval"
 # Inside the eval folder, beside what lm-eval writes.
 HELDOUT_FILE = "heldout.jsonl"
 ANSWERS_FILE = "answers.jsonl"
+ROUTING_FILE = "routing.json"
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 CHANGED_FOLDER = "changed"

@@ -163,22 +163,22 @@ def heat_map(table: SettingsTable, axes: SweptAxes, column: MetricColumn, x: str
         "data": [
             {
                 "type": "heatmap",
-                "x": [_escaped(clean(a)) for a in xs],
-                "y": [_escaped(clean(b)) for b in ys],
+                "x": [escaped(clean(a)) for a in xs],
+                "y": [escaped(clean(b)) for b in ys],
                 "z": means,
                 "text": texts,
                 "texttemplate": "%{text}",
-                "hovertemplate": f"{_escaped(x)} %{{x}}<br>{_escaped(y)} %{{y}}<br>%{{z:.4g}}<extra></extra>",
+                "hovertemplate": f"{escaped(x)} %{{x}}<br>{escaped(y)} %{{y}}<br>%{{z:.4g}}<extra></extra>",
                 "colorscale": "Cividis",
                 "reversescale": not column.higher_is_better,
                 "xgap": 2,
                 "ygap": 2,
-                "colorbar": {"title": {"text": _escaped(clean(column.unit))}, "thickness": 12},
+                "colorbar": {"title": {"text": escaped(clean(column.unit))}, "thickness": 12},
             }
         ],
         "layout": {
-            "xaxis": {"title": {"text": _escaped(x)}, "type": "category"},
-            "yaxis": {"title": {"text": _escaped(y)}, "type": "category"},
+            "xaxis": {"title": {"text": escaped(x)}, "type": "category"},
+            "yaxis": {"title": {"text": escaped(y)}, "type": "category"},
         },
     }
 
@@ -238,21 +238,21 @@ def _score_text(row: SettingRow, column: MetricColumn) -> str:
         text = interval_text(cell.interval.mean, cell.interval.half_width)
     else:
         text = number_text(cell.mean) if cell.mean is not None else "-"
-    return f"{_escaped(clean(column.name))}: {text} ({count_text(len(cell.points))} seeds)"
+    return f"{escaped(clean(column.name))}: {text} ({count_text(len(cell.points))} seeds)"
 
 
 def _metric_title(column: MetricColumn) -> str:
     better = "higher is better" if column.higher_is_better else "lower is better"
-    return f"{_escaped(clean(column.name))} ({better})"
+    return f"{escaped(clean(column.name))} ({better})"
 
 
 def _label(name: str) -> str:
     """A setting's name, short enough to stand in a figure; the tables have it whole."""
     text = clean(name)
-    return _escaped(text if len(text) <= _LABEL_LIMIT else f"{text[: _LABEL_LIMIT - 1]}…")
+    return escaped(text if len(text) <= _LABEL_LIMIT else f"{text[: _LABEL_LIMIT - 1]}…")
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Plotly reads a few HTML tags in its texts, and %{...} in templates."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "% {")
 

@@ -12,6 +12,7 @@ from lora_lab.record.atomic import read_json
 from lora_lab.record.flat import dotted
 from lora_lab.record.result import Metric, Result, Status
 from lora_lab.record.run_record import ADAPTER_FOLDER, ENVIRONMENT_FILE, EVAL_FOLDER, RunRecord
+from lora_lab.report.page_layers import layer_sections
 from lora_lab.report.page_settings import SETTING_DIGITS
 from lora_lab.report.text import bytes_text, clean, count_text, number_text, seconds_text, value_text
 from lora_lab.study.curves import RunCurve, run_curves
@@ -26,7 +27,9 @@ _CURVES = {
     "allocated_bytes": "bytes",
     "rss_bytes": "bytes",
 }
-# Of many runs the page keeps fewer points each; the step logs have them all.
+# Losses beside the language model's own: as they are, before their weights.
+_AUXILIARY, _AUXILIARY_UNIT = "_loss", "loss, before its weight"
+# Of many runs the page keeps fewer points each, and no loads of experts; the runs' own files have them all.
 _CURVE_POINTS, _CURVE_POINTS_OF_MANY, _MANY = 120, 40, 200
 _TEXT_LIMIT = 4_000  # of one sample text or reason; the files hold the rest
 # The host's name is of no use to a reader, and not everybody's to know.
@@ -69,7 +72,7 @@ def run_blocks(records: Sequence[RunRecord], folders: Mapping[str, str], order: 
 
     The configuration that all runs have, and each distinct environment, are kept once.
     """
-    points = _CURVE_POINTS if len(records) <= _MANY else _CURVE_POINTS_OF_MANY
+    is_large = len(records) > _MANY
     configs = [dotted(record.trial) for record in records]
     common = _common(configs)
     environments: list[list[list[str]]] = []
@@ -79,7 +82,7 @@ def run_blocks(records: Sequence[RunRecord], folders: Mapping[str, str], order: 
         if environment is not None and environment not in environments:
             environments.append(environment)
         blocks[f"run-data-{record.run_id}"] = {
-            **_details(record, order, points),
+            **_details(record, order, is_large=is_large),
             "folder": folders[record.run_id],
             "config": {key: clean(value_text(value)) for key, value in config.items() if key not in common},
             "environment": None if environment is None else environments.index(environment),
@@ -117,10 +120,12 @@ def _by_order(result: Result, order: Sequence[str]) -> list[str]:
     return sorted(result.metrics, key=lambda name: order.index(name) if name in order else len(order))
 
 
-def _details(record: RunRecord, order: Sequence[str], points: int) -> dict[str, Any]:
+def _details(record: RunRecord, order: Sequence[str], *, is_large: bool) -> dict[str, Any]:
     result = record.result
     answers, answers_missing = _answers(record)
-    missing = {} if result is None else dict(result.missing)
+    points = _CURVE_POINTS_OF_MANY if is_large else _CURVE_POINTS
+    sections, unseen = layer_sections(record, with_loads=not is_large)
+    missing = {**({} if result is None else result.missing), **unseen}
     if answers_missing:
         missing["answers"] = answers_missing
     return {
@@ -134,7 +139,8 @@ def _details(record: RunRecord, order: Sequence[str], points: int) -> dict[str, 
         "metrics": [] if result is None else [_metric(name, result.metrics[name]) for name in _by_order(result, order)],
         "measurements": [] if result is None else _measurements(result),
         "missing": [[clean(name), clean(reason)] for name, reason in missing.items()],
-        "curves": _curves(run_curves(record, tuple(_CURVES), points=points)),
+        "curves": _curves(run_curves(record, tuple(_CURVES), points=points, suffix=_AUXILIARY)),
+        "layers": sections,
         "answers": answers,
         "files": _files(record),
     }
@@ -187,18 +193,19 @@ def _measured(name: str, value: float | int) -> str:
 
 
 def _curves(curve: RunCurve) -> dict[str, Any]:
-    """`steps`: those of the longest curve; the others are of the same steps, as far as they go."""
+    """`steps`: those of the longest curve; the others are of the same steps, as far as they go. Losses come first."""
+    names = sorted(curve.series, key=lambda name: (name != "loss", not name.endswith(_AUXILIARY)))
     steps = max((series.steps for series in curve.series.values()), key=len, default=())
     return {
         "missing": curve.missing,
         "steps": list(steps),
         "values": {
-            key: {
+            clean(key): {
                 "y": [float(f"{value:.5g}") for value in series.values],
-                "unit": _CURVES[key],
+                "unit": _CURVES.get(key, _AUXILIARY_UNIT),
                 **({} if series.steps == steps[: len(series.steps)] else {"x": list(series.steps)}),
             }
-            for key, series in curve.series.items()
+            for key, series in ((name, curve.series[name]) for name in names)
         },
     }
 

@@ -41,13 +41,14 @@ def cost_value(row: SettingRow, key: str) -> float | int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scale:
-    """Where a value stands between the ends of its column, in percent."""
+class Scale:
+    """The ends of a column."""
 
     low: float
     high: float
 
     def place(self, value: float) -> float:
+        """Where a value stands between them, in percent."""
         span = self.high - self.low
         return round(50.0 if span <= 0 else 4 + 92 * (value - self.low) / span, 1)
 
@@ -55,10 +56,10 @@ class _Scale:
 def table_view(table: SettingsTable) -> dict[str, Any]:
     """Columns, rows and notes for the template."""
     colours = colours_of(table)
-    scales = {column.name: _scale([row.cells[column.name] for row in table.rows]) for column in table.columns}
+    scales = {column.name: scale_of([row.cells[column.name] for row in table.rows]) for column in table.columns}
     best = {column.name: _best(table.rows, column) for column in table.columns}
     return {
-        "columns": [_heading("seeds", "", "completed runs"), *map(_metric_heading, table.columns), *_headings()],
+        "columns": [heading("seeds", "", "completed runs"), *map(_metric_heading, table.columns), *_headings()],
         "rows": [
             {
                 "id": setting_id(row),
@@ -68,7 +69,7 @@ def table_view(table: SettingsTable) -> dict[str, Any]:
                 "cells": [
                     _seeds_cell(row),
                     *(
-                        _metric_cell(row.cells[c.name], scales[c.name], is_best=row.cells[c.name].mean == best[c.name])
+                        metric_cell(row.cells[c.name], scales[c.name], is_best=row.cells[c.name].mean == best[c.name])
                         for c in table.columns
                     ),
                     *(_cost_cell(row, key, write) for key, _, write in COSTS),
@@ -82,29 +83,31 @@ def table_view(table: SettingsTable) -> dict[str, Any]:
 
 
 def _headings() -> list[dict[str, Any]]:
-    return [_heading(title, "", key.replace("_", " ")) for key, title, _ in COSTS]
+    return [heading(title, "", key.replace("_", " ")) for key, title, _ in COSTS]
 
 
-def _heading(title: str, unit: str, hint: str) -> dict[str, Any]:
+def heading(title: str, unit: str, hint: str) -> dict[str, Any]:
+    """A column's heading."""
     return {"title": title, "unit": unit, "hint": hint, "arrow": "", "direction": ""}
 
 
 def _metric_heading(column: MetricColumn) -> dict[str, Any]:
     chance = "" if column.chance is None else f"; chance {number_text(column.chance)}"
     return {
-        **_heading(clean(column.name), clean(column.unit), f"{clean(column.name)} in {clean(column.unit)}{chance}"),
+        **heading(clean(column.name), clean(column.unit), f"{clean(column.name)} in {clean(column.unit)}{chance}"),
         "arrow": "↑" if column.higher_is_better else "↓",
         "direction": "higher is better" if column.higher_is_better else "lower is better",
     }
 
 
-def _scale(cells: Sequence[Cell]) -> _Scale:
+def scale_of(cells: Sequence[Cell]) -> Scale:
+    """The scale on which all points and intervals of a column have a place."""
     ends: list[float] = []
     for cell in cells:
         ends += [point.value for point in cell.points]
         if cell.interval is not None:
             ends += [cell.interval.low, cell.interval.high]
-    return _Scale(min(ends, default=0.0), max(ends, default=0.0))
+    return Scale(min(ends, default=0.0), max(ends, default=0.0))
 
 
 def _best(rows: Sequence[SettingRow], column: MetricColumn) -> float | None:
@@ -115,22 +118,24 @@ def _best(rows: Sequence[SettingRow], column: MetricColumn) -> float | None:
     return max(means) if column.higher_is_better else min(means)
 
 
-def _plain(text: str, sort: float | int | None, *, hint: str = "", is_missing: bool = False) -> dict[str, Any]:
+def plain_cell(text: str, sort: float | int | None, *, hint: str = "", is_missing: bool = False) -> dict[str, Any]:
+    """A cell without a mark; `sort` is what its column is sorted by."""
     return {"text": text, "sort": sort, "hint": hint, "missing": is_missing, "best": False, "mark": None}
 
 
 def _seeds_cell(row: SettingRow) -> dict[str, Any]:
     text = str(row.completed) if row.completed == row.runs else f"{row.completed} of {row.runs}"
-    return _plain(text, row.completed, hint=", ".join(f"{count} {name}" for name, count in row.statuses.items()))
+    return plain_cell(text, row.completed, hint=", ".join(f"{count} {name}" for name, count in row.statuses.items()))
 
 
-def _metric_cell(cell: Cell, scale: _Scale, *, is_best: bool) -> dict[str, Any]:
+def metric_cell(cell: Cell, scale: Scale, *, is_best: bool) -> dict[str, Any]:
+    """Mean and interval over seeds, or the points, with their mark on the scale of the column."""
     if cell.mean is None:
-        return _plain("-", None, hint=clean(cell.missing or ""), is_missing=True)
+        return plain_cell("-", None, hint=clean(cell.missing or ""), is_missing=True)
     interval = cell.interval
     points = ", ".join(number_text(point.value) for point in cell.points)
     return {
-        **_plain(cell_text(cell), cell.mean, hint=f"{len(cell.points)} seeds: {points}"),
+        **plain_cell(cell_text(cell), cell.mean, hint=f"{len(cell.points)} seeds: {points}"),
         "best": is_best,
         "mark": {
             "low": None if interval is None else scale.place(max(interval.low, scale.low)),
@@ -142,7 +147,7 @@ def _metric_cell(cell: Cell, scale: _Scale, *, is_best: bool) -> dict[str, Any]:
 
 def _cost_cell(row: SettingRow, key: str, write: Any) -> dict[str, Any]:
     value = cost_value(row, key)
-    return _plain(write(value), value, hint=clean(row.missing.get(key, "")), is_missing=value is None)
+    return plain_cell(write(value), value, hint=clean(row.missing.get(key, "")), is_missing=value is None)
 
 
 def _legend(table: SettingsTable) -> str:

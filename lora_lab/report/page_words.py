@@ -79,6 +79,8 @@ def sections(page: Mapping[str, Any]) -> list[dict[str, str]]:
     if page["effects"]["rows"]:
         entries.append({"id": "effects", "title": "Axes"})
     entries += [{"id": family["id"], "title": family["menu"]} for family in page["families"]]
+    if page["routing"]["rows"]:
+        entries.append({"id": "routing", "title": "Routing"})
     return [*entries, {"id": "runs", "title": "Runs"}, {"id": "method", "title": "How to read"}]
 
 

@@ -130,6 +130,8 @@ def _gather_training(member: Member, gathered: Gathered, *, device: torch.device
         "optimizer_state_bytes": storage_bytes(state_tensors(member.optimizer)),
     }
     gathered.facts["optimizer"] = optimizer_facts(member.optimizer, device=device)
+    if gathered.facts["optimizer"]["paging"].startswith("asked for"):
+        gathered.warnings.append(f"paging {gathered.facts['optimizer']['paging']}")
     still = sum(record.gradient_norm == 0 for record in member.records)
     if still:
         gathered.warnings.append(

@@ -18,7 +18,8 @@ class Lora(MethodSection):
     principal singular vectors (Meng et al. 2024) or from its QR decomposition (Buyukakyuz 2024).
 
     rank_factors: rank of a group of layers as a multiple of `rank`, lowest layers first, alpha alike, so that the
-    scaling is the same in all layers; as many groups as entries. Empty: one rank for all.
+    scaling is the same in all layers (for rslora it grows with the root of the factor); as many groups as entries.
+    Empty: one rank for all.
     """
 
     uses = LORA_AXES

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lora_lab.errors import Problem
+from lora_lab.schema.adapter_methods import AdaLora
 from lora_lab.schema.expert_methods import Loramoe
 from lora_lab.schema.method import VECTOR_KINDS
 
@@ -111,6 +112,14 @@ def _galore_projects_gradients_only(trial: Trial) -> list[Problem]:
     return []
 
 
+def _quantized_adalora_keeps_its_precision(trial: Trial) -> list[Problem]:
+    """PEFT 0.21's AdaLoRA on an int8 base answers in fp32 whatever comes in, and a bf16 model stops there."""
+    if trial.method.kind == "adalora" and trial.quantization.kind == "int8" and trial.training.precision == "bf16":
+        rule = "adalora on an int8 base works in fp32 only; use training.precision=fp32, or quantization=nf4"
+        return [Problem("training.precision", rule)]
+    return []
+
+
 def _start_needs_an_adapter(trial: Trial) -> list[Problem]:
     if trial.init_from is not None and trial.method.trains == "nothing":
         return [Problem("init_from", "method=base trains nothing, so it starts from nothing; leave init_from out")]
@@ -161,6 +170,14 @@ def _rank_fits_the_width(trial: Trial) -> list[Problem]:
     return [Problem("rank", f"must be <= {shape.hidden_size}, the hidden size of {trial.model.name}, got {trial.rank}")]
 
 
+def _budget_shrinks(trial: Trial) -> list[Problem]:
+    method = trial.method
+    if not isinstance(method, AdaLora) or method.initial_rank >= trial.rank:
+        return []
+    rule = f"must be >= {trial.rank}, the rank at the end (rank), got {method.initial_rank}"
+    return [Problem("method.initial_rank", rule)]
+
+
 def _texts_say_something(trial: Trial) -> list[Problem]:
     """A path of nothing would be read as the current folder."""
     return [
@@ -181,12 +198,14 @@ _TEXTS = {
 _RULES: tuple[tuple[Callable[[Trial], list[Problem]], frozenset[str]], ...] = (
     (_texts_say_something, frozenset()),
     (_rank_fits_the_width, frozenset({"model", "method", "rank"})),
+    (_budget_shrinks, frozenset({"method", "rank"})),
     (_trained_weights_are_plain, frozenset({"method", "quantization"})),
     (_decomposed_weights_are_plain, frozenset({"method", "quantization"})),
     (_experts_stay_in_the_mlp, frozenset({"method", "target"})),
     (_experts_are_on_linear_layers, frozenset({"method", "target"})),
     (_types_are_known, frozenset({"method", "data"})),
     (_galore_projects_gradients_only, frozenset({"method", "optimizer"})),
+    (_quantized_adalora_keeps_its_precision, frozenset({"method", "quantization", "training"})),
     (_start_needs_an_adapter, frozenset({"method", "init_from", "init_as"})),
     (_double_precision_is_plain, frozenset({"training", "quantization", "optimizer"})),
     (_adapter_needs_target, frozenset({"method", "target"})),

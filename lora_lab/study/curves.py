@@ -103,13 +103,17 @@ class SettingCurve:
         }
 
 
-def run_curves(record: RunRecord, keys: Sequence[str], points: int = 300) -> RunCurve:
+def run_curves(record: RunRecord, keys: Sequence[str], points: int = 300, *, suffix: str | None = None) -> RunCurve:
     """The curves of one run, whatever became of it, each of at most `points` points.
 
-    `keys` are those of the step log, and `tokens_per_second`. Nothing is raised for a log that is damaged or not there.
+    `keys` are those of the step log, and `tokens_per_second`; with `suffix` also all other names of its first and last
+    step that end so. Nothing is raised for a log that is damaged or not there.
     """
     lines, missing = _lines_of(record)
     width = _bin_width(lines, points)
+    if suffix is not None and lines:
+        ends = dict.fromkeys(name for step in (min(lines), max(lines)) for name in lines[step])
+        keys = [*keys, *(name for name in ends if name.endswith(suffix) and name not in keys)]
     return _run_curve(record, lines, missing, keys, width)
 
 

@@ -241,18 +241,23 @@ def _cell(name: str, completed: Sequence[tuple[RunRecord, Result]]) -> Cell:
     for record, result in completed:
         metric = result.metrics.get(name)
         if metric is not None:
-            point = Point(record.run_id, _seed(record), metric.value, metric.standard_error)
+            point = Point(record.run_id, seed_of(record), metric.value, metric.standard_error)
             points.setdefault(result.fingerprint, point)
         elif name in result.missing:
             reasons.append(result.missing[name])
+    why = "no completed run" if not completed else "; ".join(dict.fromkeys(reasons)) or "not measured"
+    return cell_of(list(points.values()), why)
+
+
+def cell_of(points: Sequence[Point], missing: str) -> Cell:
+    """A cell of these points; `missing` is why where there are none."""
     if not points:
-        why = "no completed run" if not completed else "; ".join(dict.fromkeys(reasons)) or "not measured"
-        return Cell((), None, None, why)
-    values = [point.value for point in points.values()]
+        return Cell((), None, None, missing)
+    values = [point.value for point in points]
     interval = t_interval(values) if len(values) >= _SEEDS_FOR_INTERVAL else None
-    return Cell(tuple(points.values()), statistics.fmean(values), interval, None)
+    return Cell(tuple(points), statistics.fmean(values), interval, None)
 
 
-def _seed(record: RunRecord) -> int | None:
+def seed_of(record: RunRecord) -> int | None:
     """The trial's seed; None for an untouched base, whose scores do not depend on it."""
     return None if is_base(record.trial) else record.trial["seed"]

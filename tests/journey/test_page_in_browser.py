@@ -10,7 +10,7 @@ import pytest
 
 from lora_lab.app.cli import main
 from tests.browser import BROWSER
-from tests.page_ledger import HOSTILE, fill, fill_hostile
+from tests.page_ledger import HOSTILE, add_routed_run, fill, fill_hostile
 from tests.unit.test_report_page import Page
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -67,6 +67,24 @@ def test_the_page_of_a_run(page: Path) -> None:
     assert f"runs/{run_id}/result.json" in links
     assert all((page.parent / link).is_file() for link in links)
     assert any("js-plotly-plot" in str(element.get("class")) for element in document.all("div"))
+
+
+@pytest.mark.parametrize("width", [1400, 500])
+def test_the_page_of_a_mixture(tmp_path: Path, width: int) -> None:
+    record = add_routed_run(tmp_path)
+    assert main(["report", "--root", str(tmp_path)]) == 0
+    document, console = opened(tmp_path / "report.html", f"#run-{record.run_id}", width=width)
+    assert console == ""
+    plots = [element for element in document.all("div") if "js-plotly-plot" in str(element.get("class"))]
+    assert [plot.get("aria-label") for plot in plots if plot.get("aria-label")] == [
+        "Weights by layer",
+        "Load of the experts",
+        "Entropy of the routers",
+        "Load by task",
+        "Distance between experts",
+    ]
+    for text in ("load balancing loss", "gate_proj", "not trained on", "further than chance"):
+        assert text in document.text
 
 
 def test_the_page_of_a_setting(page: Path) -> None:

@@ -34,8 +34,9 @@ TRIAL: dict[str, Any] = {
     "optimizer": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.999], "eps": 1e-8},
     "scheduler": {"kind": "linear", "warmup_steps": 0, "warmup_ratio": None},
     "data": {
-        "kind": "skills", "package_version": "0.1.25", "mixture": {"sums": 1.0}, "types": {}, "train_size": 100, "train_seed": 0,
-        "heldout_size": 10, "heldout_seed": 1, "template": "auto", "loss_on": "answer", "max_length": 512,
+        "kind": "skills", "package_version": "0.1.25", "mixture": {"sums": 1.0}, "types": {},
+        "train_size": 100, "train_seed": 0, "heldout_size": 10, "heldout_seed": 1,
+        "template": "auto", "loss_on": "answer", "max_length": 512,
     },
     "training": {
         "epochs": 2, "max_steps": None, "batch_size": 8, "micro_batch_size": 4, "max_gradient_norm": 1.0,

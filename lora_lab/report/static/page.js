@@ -75,13 +75,15 @@
     const axis = { gridcolor: colour("--grid"), zerolinecolor: colour("--grid"), linecolor: colour("--line"), automargin: true };
     const narrow = window.innerWidth <= 640;
     const own = {};
-    for (const name of Object.keys(layout)) if (/^[xy]axis\d*$/.test(name)) own[name] = { ...axis, ...layout[name] };
+    const names = Object.keys(layout).filter((name) => /^[xy]axis\d*$/.test(name));
+    for (const name of names) own[name] = { ...axis, ...layout[name] };
+    // The titles of panels side by side have no room on a narrow page, unless they are slanted.
+    if (narrow && layout.xaxis3) for (const name of names) if (name.startsWith("x")) own[name].tickangle = -45;
     return {
-      ...layout, ...own,
-      xaxis: { ...axis, ...(layout.xaxis || {}) }, yaxis: { ...axis, ...(layout.yaxis || {}) },
+      xaxis: axis, yaxis: axis, ...layout, ...own,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
       font: { family: getComputedStyle(document.body).fontFamily, size: narrow ? 11 : 13, color: colour("--ink") },
-      margin: narrow ? { l: 50, r: 12, t: 16, b: 52 } : { l: 70, r: 24, t: 24, b: 64 },
+      margin: { ...(narrow ? { l: 50, r: 12, t: 16, b: 52 } : { l: 70, r: 24, t: 24, b: 64 }), ...(layout.margin || {}) },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--line"), activecolor: colour("--accent") },
       hoverlabel: { bgcolor: colour("--panel"), bordercolor: colour("--line"), font: { color: colour("--ink") }, align: "left" },
       legend: narrow
@@ -101,7 +103,7 @@
     }
     if (!place.classList.contains("js-plotly-plot")) place.textContent = "";
     const layout = themed(figure.layout);
-    if (window.innerWidth <= 640 && figure.data.length > 8) layout.height = 440 + 18 * figure.data.length;
+    if (window.innerWidth <= 640 && !layout.height && figure.data.length > 8) layout.height = 440 + 18 * figure.data.length;
     const data = figure.data.map((trace) => (trace.ink ? { ...trace, [trace.ink]: { ...trace[trace.ink], color: colour("--ink") } } : trace));
     place.style.height = layout.height ? `${layout.height}px` : "";
     window.Plotly.react(place, data, layout, { ...options, displayModeBar: window.innerWidth <= 640 ? false : "hover" });
@@ -163,6 +165,14 @@
     return [[make("p", { class: "picks" }, make("label", {}, "Curve ", select)), place], show];
   };
 
+  // Sections of figures that were computed for the run; those without a figure say why.
+  const sectionsOf = (sections) => {
+    const places = sections.map((one) => [make("div", { class: "plot", role: "img", "aria-label": one.title }), one.figure]);
+    const nodes = sections.map((one, index) => titled(one.title, one.lead ? make("p", { class: "lead" }, one.lead) : null,
+      places[index][0], one.notes.map((text) => make("p", { class: "note" }, text))));
+    return [nodes.flat(Infinity).filter((node) => node !== null), () => { for (const [place, figure] of places) draw(place, figure); }];
+  };
+
   const sample = (one) => make("dl", { class: "sample pairs" },
     make("dt", {}, "prompt"), make("dd", { dir: "auto" }, one.prompt),
     make("dt", {}, "expected"), make("dd", { dir: "auto" }, one.expected),
@@ -178,6 +188,7 @@
     let afterwards = () => {};
     let curve = [];
     if (Object.keys(run.curves.values).length) [curve, afterwards] = curveOf(run);
+    const [layers, drawLayers] = sectionsOf(run.layers);
     detail.replaceChildren(
       back(),
       make("p", { class: "kicker" }, "run ", make("code", {}, run.id), run.setting ? [" of ", make("a", { href: `#setting-${run.setting}` }, "its setting")] : null),
@@ -188,6 +199,7 @@
       ...(run.metrics.length ? titled("Scores", tableOf(["metric", "value", "± 95 % over examples", "examples", "chance"], run.metrics.map(
         (row) => [row[0], make("a", { href: run.folder + "result.json" }, row[1]), ...row.slice(2)]))) : []),
       ...titled("Training", ...(curve.length ? curve : [make("p", { class: "note" }, run.curves.missing || "Nothing was trained.")])),
+      ...layers,
       ...(run.answers.length ? titled("Sample answers", make("p", { class: "lead" }, "Greedy answers to the first held-out prompts; green where the answer is the expected one, to the letter."), make("div", { class: "answers" }, run.answers.map(sample))) : []),
       make("div", { class: "grid" },
         make("div", {}, titled("Measured", pairs(run.measurements))),
@@ -195,7 +207,7 @@
         make("div", {}, titled("Configuration", make("p", { class: "lead" }, differing.size && Object.keys(common.config).length ? "What differs between the runs of this page comes first." : ""), pairs(config, differing))),
         make("div", {}, titled("Identity", pairs(run.identity)), run.missing.length ? titled("Missing, and why", pairs(run.missing)) : null)),
     );
-    open(); afterwards();
+    open(); afterwards(); drawLayers();
   };
 
   const showSetting = (id) => {
