@@ -105,8 +105,9 @@ def trained(lab: Lab, composer: Composer) -> Training:
 
 
 def settings(method: str) -> tuple[str, ...]:
-    """What makes a method fit the tiny model."""
-    return (f"method={method}", *METHOD_ROWS.get(method, Row()).settings)
+    """What makes a method fit the tiny model, and two steps."""
+    schedule = ("method.final_share=0",) if method == "adalora" else ()
+    return (f"method={method}", *METHOD_ROWS.get(method, Row()).settings, *schedule)
 
 
 @pytest.mark.parametrize("method", METHODS)
