@@ -25,16 +25,21 @@ from lora_lab.record.result import Result, Status
 from lora_lab.record.step_log import read_steps
 from lora_lab.report.progress import Progress
 from lora_lab.schema.adaptation import PARTS, Target
+from lora_lab.schema.method import METHODS as TABLE
 from lora_lab.schema.trial import Trial
 from tests.conftest import MakeTrial
+from tests.contract.test_every_method import ROWS as METHOD_ROWS
+from tests.contract.test_every_method import Row
 from tests.journey.program import Lab, single_thread
 
-METHODS = ("base", "full", "lora", "rslora", "dora", "qlora")
+ALIASES = ("qlora",)
+METHODS = (*TABLE, *ALIASES)
 OPTIMIZERS = ("adamw", "sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit", "lion")
 SCHEDULERS = ("constant", "linear", "cosine", "half_cycle_cosine", "wsd")
 ADAPTERS = ("lora", "rslora", "dora")
 QUANTIZATIONS = ("nf4", "fp4")
-GPT2 = ("model.shape.family=gpt2", "model.shape.num_kv_heads=4", "target=attention")
+GPT2_MODEL = ("model.shape.family=gpt2", "model.shape.num_kv_heads=4")
+GPT2 = (*GPT2_MODEL, "target=attention")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -99,12 +104,19 @@ def trained(lab: Lab, composer: Composer) -> Training:
     return Training(lab, composer)
 
 
+def settings(method: str) -> tuple[str, ...]:
+    """What makes a method fit the tiny model, and two steps."""
+    schedule = ("method.final_share=0",) if method == "adalora" else ()
+    return (f"method={method}", *METHOD_ROWS.get(method, Row()).settings, *schedule)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_method(trained: Training, method: str) -> None:
-    result = trained(f"method={method}")
+    result = trained(*settings(method))
     assert (result.trainable_parameters == 0) == (method == "base")
-    assert ("adapter_file_bytes" in result.measurements) == (method not in ("base", "full"))
-    assert ("model_file_bytes" in result.measurements) == (method == "full")
+    form = TABLE["lora" if method in ALIASES else method].saves
+    saved = [one for one in ("adapter", "model", "changed") if f"{one}_file_bytes" in result.measurements]
+    assert saved == ([] if form == "nothing" else [form])
     assert (result.facts["quantization"] is None) == (method != "qlora")
 
 
@@ -194,7 +206,8 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(trained: Train
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gpt2_shape(trained: Training, method: str) -> None:
-    trained(*GPT2, f"method={method}")
+    row = METHOD_ROWS.get(method, Row(gpt2=("target=attention",)))
+    trained(*GPT2_MODEL, *settings(method), *row.gpt2)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_the_command_line_wins_over_the_study(here: Path, lab: Lab) -> None:
 
 
 def test_a_failed_baseline_is_tried_again(here: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_lab import runner
+    from lora_lab import restore
 
     score = runner.score_model
 

@@ -161,12 +161,12 @@ class Failing:
     """`load_base` that fails where `fails` says so, counting its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
-        from lora_lab import runner
+        from lora_lab import restore
 
         self.calls = 0
         self._fails = fails
-        self._load = runner.load_base
-        monkeypatch.setattr(runner, "load_base", self)
+        self._load = restore.load_base
+        monkeypatch.setattr(restore, "load_base", self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
