@@ -38,7 +38,7 @@ def test_every_command_works_in_the_readmes_order(lab: Lab, monkeypatch: pytest.
     assert len(listed) >= 12
     for arguments in listed:
         if arguments == ["fetch"] or any(argument.startswith("study=") for argument in arguments):
-            continue  # on the embedded model, by `make sweep` and the set-up; studies of methods have a test of their own
+            continue  # by `make sweep`, the set-up, and tests/journey/test_methods_study.py
         answer = call(*small(lab, arguments))
         assert answer.code == 0, f"{' '.join(arguments)}: {answer.err or answer.out}"
     assert (lab.root / "report.html").is_file()
