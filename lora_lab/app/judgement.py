@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from lora_lab.app.changes import set_value, top, value_at
 from lora_lab.app.compose import Composition
 from lora_lab.data.jsonl import check_jsonl
+from lora_lab.data.row_types import group_problems
 from lora_lab.data.skills import check_mixture, check_skills_identity
 from lora_lab.data.sources import count_train_rows
 from lora_lab.errors import InputError, Problem
@@ -75,6 +76,7 @@ class Facts:
         self._cache = cache
         self._known: dict[tuple[str, str], tuple[Any, tuple[Problem, ...]]] = {}
         self.notes: dict[str, None] = {}
+        self._types: dict[str, Mapping[str, str]] = {}
 
     def base(self, trial: Trial, found: Findings) -> dict[str, str] | None:
         """The declared identity of the base model."""
@@ -83,6 +85,10 @@ class Facts:
     def data(self, trial: Trial, found: Findings) -> tuple[dict[str, str], int | None] | None:
         """The identities of the data, and the number of training rows (None where only loading would tell)."""
         return self._once(trial.data, lambda: self._read_data(trial.data), found)
+
+    def row_types(self, trial: Trial) -> Mapping[str, str]:
+        """The types that a file's rows name, each with its first line; to be asked for after `data`."""
+        return self._types.get(trial.data.model_dump_json(), {})
 
     def evaluation(self, trial: Trial, found: Findings) -> dict[str, str] | None:
         """The identities of the texts that are scored on."""
@@ -115,6 +121,7 @@ class Facts:
             _files_exist(data)
             summary = check_jsonl(data)
             self.notes.update(dict.fromkeys(summary.notes))
+            self._types[data.model_dump_json()] = summary.types
             return data_identities(data, cache=self._cache), summary.rows
         return data_identities(data, cache=self._cache), count_train_rows(data)
 
@@ -166,6 +173,8 @@ def _judge_sections(trial: Trial, facts: Facts, found: Findings) -> Trial:
     data = facts.data(trial, found) if "data" in has else None
     if "evaluation" in has:
         facts.evaluation(trial, found)
+    if data is not None and "method" in has:
+        found.add(group_problems(trial.method, facts.row_types(trial)))
     if data is not None and has >= _SECTIONS_OF_STEPS:
         found.attempt(lambda: steps_of(trial, data[1]))
     if has >= _SECTIONS_OF_COUNTS:

@@ -72,10 +72,10 @@ def type_problems(record: Record, column: str | None) -> list[str]:
     return _text_problems(f'"{column}" (data.type_column)', record[column], True)
 
 
-def row_of(record: Record, row_format: str, source: str, *, type_column: str | None = None) -> Row:
-    """The row of a record that has neither `record_problems` nor `type_problems`."""
+def row_of(record: Record, row_format: str, source: str, *, row_type: str | None = None) -> Row:
+    """The row of a record without `record_problems`; row_type: of one without `type_problems`."""
     row = _MAKERS[row_format](record, source)
-    return row if type_column is None else replace(row, type=record[type_column])
+    return row if row_type is None else replace(row, type=row_type)
 
 
 def _instruction(record: Record, source: str) -> Row:

@@ -40,11 +40,12 @@ def load_hub(data: HubData, *, cache: Path) -> Rows:
     _check_columns(data, table.column_names)
     rows: list[Row] = []
     problems: list[Problem] = []
-    for source, record in _records(data, table):
-        wrong = [*record_problems(record, row_format, complete=False), *type_problems(record, data.type_column)]
+    for source, record, named in _records(data, table):
+        wrong = [*record_problems(record, row_format, complete=False), *type_problems(named, data.type_column)]
         problems += [Problem(source, message) for message in wrong]
         if not wrong:
-            rows.append(row_of(record, row_format, source, type_column=data.type_column))
+            row_type = None if data.type_column is None else named[data.type_column]
+            rows.append(row_of(record, row_format, source, row_type=row_type))
     if problems:
         raise DataError([*problems[:SHOWN_PROBLEMS], *more_problems(len(problems), "problems")])
     if not rows:
@@ -118,12 +119,14 @@ def _wanted(data: HubData) -> dict[str, str]:
     return columns if data.type_column is None else columns | {"type_column": data.type_column}
 
 
-def _records(data: HubData, table: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(
+    data: HubData, table: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Source, record in our columns, and the type by its column: in the data set that may be called as one of ours."""
     for index, example in enumerate(table):
         record = {ours: _value(ours, _reach(example, theirs)) for ours, theirs in data.columns.items()}
-        if data.type_column is not None:
-            record[data.type_column] = _reach(example, data.type_column)
-        yield f"{data.repo}:{data.split}:{index}", record
+        named = {} if data.type_column is None else {data.type_column: _reach(example, data.type_column)}
+        yield f"{data.repo}:{data.split}:{index}", record, named
 
 
 def _reach(example: Any, path: str) -> Any:

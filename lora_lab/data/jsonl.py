@@ -8,7 +8,7 @@ hold anything.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from lora_lab.data.formats import detect_format, record_problems, row_of, type_problems, unknown_format
 from lora_lab.data.heldout import SHOWN_PROBLEMS, count_duplicates, more_problems, refuse_overlap, split_rows
 from lora_lab.data.lines import Line, file_sha256, read_lines
+from lora_lab.data.row_types import types_of
 from lora_lab.data.rows import Row, Rows
 from lora_lab.errors import DataError, LabError, Problem
 from lora_lab.schema.data import JsonlData
@@ -26,7 +27,8 @@ class JsonlSummary:
     """What `check_jsonl` found in usable files.
 
     rows: rows to train on. duplicates: those of them that repeat an earlier one. heldout_asked is what the
-    configuration wants; a held-out file with fewer rows gives all it has. notes: sentences for the user.
+    configuration wants; a held-out file with fewer rows gives all it has. notes: sentences for the user. types: of the
+    rows to train on, each with the line where it is first.
     """
 
     rows: int
@@ -36,6 +38,7 @@ class JsonlSummary:
     sha256: str
     heldout_sha256: str | None
     notes: tuple[str, ...]
+    types: Mapping[str, str]
 
 
 def check_jsonl(data: JsonlData) -> JsonlSummary:
@@ -56,6 +59,7 @@ def check_jsonl(data: JsonlData) -> JsonlSummary:
         sha256=file_sha256(_path(data.path)),
         heldout_sha256=heldout,
         notes=tuple(notes),
+        types=types_of(rows.train),
     )
 
 
@@ -105,7 +109,8 @@ def read_rows(path: Path, row_format: str, *, type_column: str | None = None) ->
         for problem in problems:
             found.add(path, line, problem)
         if not problems:
-            rows.append(row_of(record, chosen, f"{path}:{line}", type_column=type_column))
+            row_type = None if type_column is None else record[type_column]
+            rows.append(row_of(record, chosen, f"{path}:{line}", row_type=row_type))
     found.raise_if_any()
     if not rows:
         raise DataError(Problem(str(path), "0 records"))

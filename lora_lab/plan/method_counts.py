@@ -59,6 +59,18 @@ def _modules(trial: Trial) -> tuple[Module, ...]:
     return modules
 
 
+def _inner_modules(trial: Trial) -> list[tuple[int, Module]]:
+    """Layer and module; raises InputError for one that lies in no decoder layer, as a head named by its module."""
+    found = []
+    for module in _modules(trial):
+        layer = layer_of(module.name)
+        if layer is None:
+            rule = f"method={trial.method.kind} works inside the decoder layers; {module.name} is in none"
+            raise InputError(Problem("target", rule))
+        found.append((layer, module))
+    return found
+
+
 def _linear_modules(trial: Trial) -> tuple[Module, ...]:
     modules = _modules(trial)
     for module in modules:
@@ -123,7 +135,7 @@ def _vector_sizes(trial: Trial, shape: Shape) -> list[int]:
     ends = activation_suffixes(shape.family)
     return [
         module.in_features if any(name_matches(module.name, end) for end in ends) else module.out_features
-        for module in _modules(trial)
+        for _, module in _inner_modules(trial)
     ]
 
 
@@ -148,11 +160,7 @@ def _site_width(module: Module, shape: Shape) -> int:
 def _experts(trial: Trial, shape: Shape, counts: Sequence[int]) -> Added:
     """Per matrix and expert a LoRA pair, and a router from the matrix's input to its experts."""
     adapter = router = 0
-    for module in _modules(trial):
-        layer = layer_of(module.name)
-        if layer is None:
-            where = f"method={trial.method.kind} puts experts into decoder layers; {module.name} is in none"
-            raise InputError(Problem("target", where))
+    for layer, module in _inner_modules(trial):
         adapter += counts[layer] * trial.rank * (module.in_features + module.out_features)
         router += counts[layer] * module.in_features
     return Added(adapter, router, 0)

@@ -13,8 +13,9 @@ import torch
 
 from lora_lab.adapters.attach import attach, count_parameters
 from lora_lab.data.encode import EncodedSet, encode_rows
+from lora_lab.data.row_types import group_problems, types_of
 from lora_lab.data.sources import load_rows
-from lora_lab.errors import IdentityError, LabError, MachineError, Problem
+from lora_lab.errors import DataError, IdentityError, LabError, MachineError, Problem
 from lora_lab.evaluate.identity import evaluation_identities
 from lora_lab.evaluate.score import score_model
 from lora_lab.memory.meter import MemoryMeter
@@ -92,6 +93,8 @@ def _carry_out(
         watcher.phase(folder.run_id, "loading")
         with gathered.timed("load"), meter.phase("load"):
             rows = load_rows(job.trial.data, cache=cache)
+            if problems := group_problems(job.trial.method, types_of(rows.train)):
+                raise DataError(problems)
             restorer = Restorer(Ledger(folder.ledger_root), cache, device)
             base = restorer.base_of(job.trial, job.identities)
             gathered.facts |= base.facts

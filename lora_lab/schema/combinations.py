@@ -89,6 +89,7 @@ def _experts_are_on_linear_layers(trial: Trial) -> list[Problem]:
 
 
 def _types_are_known(trial: Trial) -> list[Problem]:
+    """Types of a column are judged once rows are read (`data.row_types`)."""
     method, known = trial.method, trial.data.row_types
     if not isinstance(method, Loramoe) or method.beta == 0 or known is None:
         return []
@@ -178,6 +179,14 @@ def _budget_shrinks(trial: Trial) -> list[Problem]:
     return [Problem("method.initial_rank", rule)]
 
 
+def _rates_fit_the_depth(trial: Trial) -> list[Problem]:
+    shape, rates = trial.model.shape, trial.training.layer_rates
+    if shape is None or len(rates) <= shape.num_layers:
+        return []
+    rule = f"{len(rates)} entries for a model of {shape.num_layers} layers; use at most as many"
+    return [Problem("training.layer_rates", rule)]
+
+
 def _texts_say_something(trial: Trial) -> list[Problem]:
     """A path of nothing would be read as the current folder."""
     return [
@@ -198,6 +207,7 @@ _TEXTS = {
 _RULES: tuple[tuple[Callable[[Trial], list[Problem]], frozenset[str]], ...] = (
     (_texts_say_something, frozenset()),
     (_rank_fits_the_width, frozenset({"model", "method", "rank"})),
+    (_rates_fit_the_depth, frozenset({"model", "training"})),
     (_budget_shrinks, frozenset({"method", "rank"})),
     (_trained_weights_are_plain, frozenset({"method", "quantization"})),
     (_decomposed_weights_are_plain, frozenset({"method", "quantization"})),

@@ -27,6 +27,7 @@ from lora_lab.app.planning import make_plan
 from lora_lab.record.atomic import write_json
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import RESULT_SCHEMA_VERSION
+from lora_lab.schema.method import METHODS
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TINY = ("model=tiny_random", "evaluation.tasks=[]")
@@ -359,6 +360,131 @@ def _split(line: str) -> list[str]:
         else:
             words.append(word)
     return words
+
+
+# What each method refuses before anything is loaded: what is typed, and fragments of the answer.
+METHOD_OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
+    ("method=lora_pluss", ('method: no such choice "lora_pluss"', 'did you mean "lora_plus"')),
+    ("method=moe", ('method: no such choice "moe"', "mola", "loramoe")),
+    ("method.kind=lorra", ('method.kind: no such choice "lorra"', 'did you mean "lora"')),
+    ("method=lora method.experts=4", ("method.experts: unknown key", "rank_factors")),
+    ("method=mov method.expert=4", ("method.expert: unknown key", 'did you mean "experts"')),
+    # ranks and rates by layer
+    ("rank=5 method.rank_factors=[0.5,1]", ("method.rank_factors: rank 5 x 0.5 = 2.5 is no whole rank >= 1",)),
+    ("rank=4 method.rank_factors=[0.1,1]", ("method.rank_factors: rank 4 x 0.1 = 0.4 is no whole rank >= 1",)),
+    ("method.rank_factors=[0,1]", ("method.rank_factors.0: must be > 0, got 0",)),
+    ("method.rank_factors=[nan]", ("method.rank_factors.0: must be finite, got nan",)),
+    ("method.rank_factors=2", ("method.rank_factors: expected a list, got 2",)),
+    ("method.rank_factors=[1,1,1]", ("method.rank_factors: 3 entries for a model of 2 layers; use at most as many",)),
+    ("rank=32 method.rank_factors=[1,4]", ("method.rank_factors: rank 128 is beyond the hidden size 64",)),
+    ("training.layer_rates=[1,1,1]", ("training.layer_rates: 3 entries for a model of 2 layers",)),
+    ("training.layer_rates=[0]", ("training.layer_rates.0: must be > 0, got 0",)),
+    ("method=lora_plus method.ratio=0", ("method.ratio: must be > 0, got 0",)),
+    # adalora
+    ("method=adalora rank=8 method.initial_rank=4", ("method.initial_rank: must be >= 8", "got 4")),
+    ("method=adalora method.initial_share=0.5 method.final_share=0.5", ("method", "leave no steps", "must be < 1")),
+    ("method=adalora training.max_steps=1", ("method: adalora with 1 steps", "train for more steps")),
+    ("method=adalora method.interval=0", ("method.interval: must be >= 1, got 0",)),
+    # weights that are trained themselves, or taken apart
+    ("method=full quantization=nf4", ("quantization: nf4 weights cannot be trained", "method=full", "method=lora")),
+    ("method=freeze quantization=fp4", ("quantization: fp4 weights cannot be trained", "method=freeze")),
+    ("method=lisa quantization=int8", ("quantization: int8 weights cannot be trained", "method=lisa")),
+    ("method=galore quantization=nf4", ("quantization: nf4 weights cannot be trained", "method=galore")),
+    ("method=pissa quantization=nf4", ("quantization: method=pissa", "nf4", "method=lora")),
+    ("method=olora quantization=int8", ("quantization: method=olora", "int8", "method=lora")),
+    # freeze, lisa, galore
+    ("method=freeze method.last_layers=0", ("method: nothing would be trained; expected last_layers >= 1",)),
+    ("method=freeze method.last_layers=3", ("method.last_layers: must be <= 2, the layers of tiny_random, got 3",)),
+    ("method=freeze method.last_layers=-1", ("method.last_layers: must be >= 0, got -1",)),
+    ("method=freeze method.modules=[lm_heed]", ('method.modules: "lm_heed" matches no module', '"lm_head"')),
+    ("method=lisa method.layers=3", ("method.layers: must be <= 2, the layers of tiny_random, got 3",)),
+    ("method=lisa method.layers=-1", ("method.layers: must be >= 0, got -1",)),
+    ("method=lisa method.interval=0", ("method.interval: must be >= 1, got 0",)),
+    ("method=lisa method.probabilities=list method.weights=[1,0.5,0]", ("method.weights: ", "2 layers, got 3")),
+    ("method=lisa method.probabilities=list method.weights=[1,2]", ("method.weights.1: must be <= 1, got 2",)),
+    ("method=lisa method.weights=[1,0.5]", ("method: weights (a probability per layer) goes with probabilities=list",)),
+    ("method=lisa method.probabilities=list", ("method: weights (a probability per layer)",)),
+    ("method=lisa method.probabilities=from_norm_log", ("method: norm_log (two runs",)),
+    ("method=lisa method.norm_log=[a,b]", ("method: norm_log (two runs", "probabilities=from_norm_log")),
+    (
+        "method=lisa method.probabilities=from_norm_log method.norm_log=[a,b]",
+        ('method.norm_log: no run "a" under', 'method.norm_log: no run "b" under'),
+    ),
+    ("method=galore rank=33", ("rank: must be <= 32, the smaller side of model.layers.0.self_attn.k_proj, got 33",)),
+    ("method=galore rank=65", ("rank: must be <= 64", "got 65")),
+    ("method=galore optimizer=sophia", ("optimizer: sophia", "adamw")),
+    ("method=galore target=[]", ("target: method=galore needs at least one module", "got none")),
+    ("method=galore method.update_gap=0", ("method.update_gap: must be >= 1, got 0",)),
+    ("method=galore method.side=top", ('method.side: no such choice "top"', "std", "left")),
+    # experts
+    ("method=mov method.experts=0", ("method.experts: must be >= 1, got 0",)),
+    ("method=mov method.experts=[2,4]", ("method.experts: expected an integer",)),
+    ("method=mov method.router_input=input", ('method.router_input: no such choice "input"', "site_input")),
+    ("method=molora method.experts=0", ("method.experts: must be >= 1, got 0",)),
+    ("method=mola method.experts=[]", ("method.experts: expected at least one entry, got an empty list",)),
+    ("method=mola method.experts=[0,2]", ("method.experts.0: must be >= 1, got 0",)),
+    ("method=mola method.experts=3", ("method.experts: expected a list, got 3",)),
+    ("method=mola method.experts=[2,2,2]", ("method.experts: 3 entries for a model of 2 layers",)),
+    ("method=mola", ("method.experts: 4 entries for a model of 2 layers",)),
+    ("method=mola method.experts=[1,4]", ("method: top_k=2 is more than the 1 experts of a layer",)),
+    ("method=mola method.experts=[2,4] method.top_k=0", ("method.top_k: must be >= 1, got 0",)),
+    ("method=loramoe method.experts=5", ("method: experts=5 cannot be cut into two groups", "even number")),
+    ("method=loramoe method.experts=0", ("method.experts: must be >= 1, got 0",)),
+    ("method=loramoe method.delta=1.5", ("method.delta: must be <= 1, got 1.5",)),
+    ("method=loramoe method.beta=-1", ("method.beta: must be >= 0, got -1",)),
+    ("method=loramoe method.balance=cv", ('method.balance: no such choice "cv"', "variance_over_mean")),
+    ("method=loramoe target=qv", ("target: method=loramoe", "target=mlp", "got query, value")),
+    ("method=loramoe target=[mlp,query]", ("target: method=loramoe", "target=mlp")),
+    ("method=loramoe data=skills", ("data: ", "data=skills_typed", "method.beta=0")),
+    # sites inside the decoder layers
+    ("method=ia3 target=head", ("target: method=ia3 works inside the decoder layers; take head out",)),
+    ("method=mov target=[mlp,head]", ("target: method=mov works inside the decoder layers; take head out",)),
+    ("method=molora target=[query,embedding]", ("target: method=molora", "take embedding out")),
+    ("method=mola method.experts=[2,2] target=[head,embedding]", ("target: method=mola", "head and embedding")),
+    ("method=pissa target=embedding", ("target: method=pissa", "embedding")),
+    ("method=olora target=embedding", ("target: method=olora", "embedding")),
+    ("method=adalora target=embedding", ("target: method=adalora", "embedding")),
+    ("method=molora target=[lm_head]", ("target: ", "lm_head")),
+    ("method=ia3 target=[lm_head]", ("target: ", "lm_head")),
+    (
+        "model.shape.family=gpt2 model.shape.num_kv_heads=4 target=qv",
+        ("target: GPT-2 keeps query, key and value in one matrix (c_attn)", "got query, value"),
+    ),
+    # virtual tokens
+    ("method=prompt_tuning method.virtual_tokens=0", ("method.virtual_tokens: must be >= 1, got 0",)),
+    ("method=prompt_tuning method.virtual_tokens=1024", ("method.virtual_tokens: must be < 1024", "got 1024")),
+    ("method=p_tuning method.virtual_tokens=2000", ("method.virtual_tokens: must be < 1024", "got 2000")),
+    ("method=prefix_tuning method.virtual_tokens=1024", ("method.virtual_tokens: must be < 1024", "got 1024")),
+    ("method=prompt_tuning method.init=text", ("method: init_text goes with init=text",)),
+    ("method=prompt_tuning method.init_text=hello", ("method: init_text goes with init=text, and only with it",)),
+    ("method=prompt_tuning method.init=text method.init_text=''", ("method.init_text: empty value",)),
+    ("method=p_tuning method.encoder=gru", ('method.encoder: no such choice "gru"', "mlp", "lstm")),
+    ("method=p_tuning method.encoder_hidden_size=0", ("method.encoder_hidden_size: must be >= 1, got 0",)),
+    # bottlenecks
+    ("method=bottleneck method.reduction_factor=0", ("method.reduction_factor: must be >= 1, got 0",)),
+    ("method=bottleneck method.reduction_factor=65", ("method.reduction_factor: must be <= 64", "got 65")),
+    ("method=bottleneck method.style=pfeifer", ('method.style: no such choice "pfeifer"', 'did you mean "pfeiffer"')),
+    ("method=bottleneck method.scaling=0", ("method.scaling: must be > 0, got 0",)),
+    # stages
+    ("init_from=", ("init_from: empty value",)),
+    ("init_from=nobody", ('init_from: no run "nobody" under', "the ledger is empty")),
+    ("init_from=../x", ("init_from: not the name of a run",)),
+    ("init_from=[a]", ("init_from: expected text",)),
+    ("init_as=weight", ('init_as: no such choice "weight"', 'did you mean "weights"')),
+    ("init_from=a method=base", ("init_from: method=base trains nothing",)),
+    ("init_from=a method=full", ("init_as: method=full trains the model's own weights; use init_as=weights",)),
+]
+
+
+@pytest.mark.parametrize(("line", "fragments"), METHOD_OVERRIDES, ids=[line for line, _ in METHOD_OVERRIDES])
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_methods(call: Call, command: str, line: str, fragments: tuple[str, ...]) -> None:
+    check(call(command, *TINY, *_split(line)), 2, *fragments)
+
+
+def test_every_method_refuses_something() -> None:
+    named = {word.removeprefix("method=") for line, _ in METHOD_OVERRIDES for word in line.split() if "method=" in word}
+    assert {kind for kind in METHODS if kind not in ("rslora", "dora", "lora")} <= named
 
 
 SWEEPS: list[tuple[str, tuple[str, ...]]] = [

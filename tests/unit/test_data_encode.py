@@ -41,6 +41,7 @@ def data(**changes: object) -> JsonlData:
         "template": "auto",
         "loss_on": "answer",
         "max_length": 512,
+        "type_column": None,
     }
     return JsonlData.model_validate({**values, **changes})
 

@@ -32,6 +32,7 @@ def data(path: Path, **changes: object) -> JsonlData:
         "template": "auto",
         "loss_on": "answer",
         "max_length": 64,
+        "type_column": None,
     }
     return JsonlData.model_validate({**values, **changes})
 

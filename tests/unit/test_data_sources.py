@@ -74,6 +74,7 @@ def test_kinds_reach_their_loaders(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             "template": "auto",
             "loss_on": "answer",
             "max_length": 64,
+            "types": {},
         }
     )
     assert load_rows(gsm8k, cache=tmp_path) is rows and load_rows(generated, cache=tmp_path) is rows
@@ -89,7 +90,8 @@ def test_counting_rows_imports_nothing_heavy(tmp_path: Path) -> None:
         "from lora_lab.data.sources import count_train_rows\n"
         "from lora_lab.schema.data import JsonlData\n"
         f"data = JsonlData(kind='jsonl', path={str(path)!r}, format='auto', heldout_path=None, heldout_size=1,\n"
-        "                 heldout_seed=0, template='auto', loss_on='answer', max_length=8)\n"
+        "                 heldout_seed=0, template='auto', loss_on='answer', max_length=8,\n"
+        "                 type_column=None)\n"
         "assert count_train_rows(data) == 1\n"
         "heavy = {'torch', 'transformers', 'datasets', 'reasoning_gym', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -38,6 +38,7 @@ def data(**changes: object) -> SkillsData:
         "max_length": 256,
         "package_version": "0.1.25",
         "mixture": dict.fromkeys(TRAINED, 1.0),
+        "types": {},
         "train_size": 200,
         "train_seed": 1,
         "heldout_size": 40,
