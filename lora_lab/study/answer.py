@@ -254,7 +254,7 @@ def _base_of(best: SettingRow, bases: Sequence[SettingRow]) -> SettingRow | None
 
 
 def against_other(best: SettingRow, other: SettingRow, column: MetricColumn, comparisons: int) -> Against | None:
-    """Two scored settings over the seeds that both have, one of `comparisons`; None where these are fewer than three."""
+    """Two scored settings over the seeds that both have, as one of `comparisons`; None for fewer than three."""
     first, second = scores_by_seed(best.cells[column.name]), scores_by_seed(other.cells[column.name])
     return _judged(other, [first[seed] - second[seed] for seed in first if seed in second], column, comparisons)
 

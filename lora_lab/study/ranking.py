@@ -36,9 +36,10 @@ class Contender:
     """One contender, by the setting that stands for it (fingerprint `setting`).
 
     rate, rates: its learning rate and all that were tried, ascending; `is_at_edge`: several were, and the best is the
-    smallest or the largest. `completed` of `runs` ended with scores. A rank is 1 + the number of contenders that are better, so
-    equal ones share it; None where there is nothing to rank, `unranked` says why for the score. `memory`: smallest and
-    largest peak over its runs, bytes; the largest is ranked. `time`: training seconds of the runs that count.
+    smallest or the largest. `completed` of `runs` ended with scores. A rank is 1 + the number of contenders that are
+    better, so equal ones share it; None where there is nothing to rank, `unranked` says why for the score. `memory`:
+    smallest and largest peak over its runs, bytes; the largest is ranked. `time`: training seconds of the runs that
+    count.
     """
 
     name: str
@@ -124,7 +125,7 @@ def ranking_of(records: Sequence[RunRecord], table: SettingsTable) -> Ranking:
     names = unique_names([of_one[0].name for of_one in shown], values, [group.shown.setting for group in groups])
     completed = [_completed(of_one) for of_one in shown]
     found = [_contender(*one, column) for one in zip(groups, names, completed, strict=True)]
-    machines = machines_of(run for of_one in completed for run in timed_runs(of_one)[0])
+    machines = _machines(found, completed)
     found = _ranked_by_cost(found, with_times=len(machines) <= 1)
     comparisons = 0
     if column is not None:
@@ -179,8 +180,8 @@ def _contender(group: _Group, name: str, completed: Sequence[CompletedRun], colu
     """All but the ranks. Where no setting can stand for the contender it has neither score nor costs."""
     row = group.shown
     rates = sorted({rate for _, rate in group.rows if rate is not None})
-    is_shown = row.is_base or group.unranked is None
-    rate = dict((one.setting, rate) for one, rate in group.rows)[row.setting] if is_shown else None
+    is_shown = group.unranked is None or len(group.rows) == 1
+    rate = {one.setting: rate for one, rate in group.rows}[row.setting] if is_shown else None
     why = group.unranked or "no score"
     memory = [int(result.measurements[_MEMORY]) for _, result in completed if _MEMORY in result.measurements]
     return Contender(
@@ -214,6 +215,12 @@ def _time(completed: Sequence[CompletedRun], row: SettingRow) -> Cell:
     values = [(record, result.measurements[_TIME]) for record, result in timed if _TIME in result.measurements]
     points = [Point(record.run_id, seed_of(record), float(value), None) for record, value in values]
     return cell_of(points, why or row.missing.get(_TIME, "not measured"))
+
+
+def _machines(found: Sequence[Contender], completed: Sequence[Sequence[CompletedRun]]) -> set[str | None]:
+    """Where the times that are shown were measured."""
+    shown = [runs for one, runs in zip(found, completed, strict=True) if one.time.points]
+    return machines_of(run for runs in shown for run in timed_runs(runs)[0])
 
 
 def _comparisons(table: SettingsTable, column: MetricColumn) -> int:
@@ -258,7 +265,8 @@ def _ranked_by_score(
         )
         for one, loss in zip(ranked, losses, strict=True)
     ]
-    left = [one for one in found if one not in ranked]
+    kept = {one.setting for one in ranked}
+    left = [one for one in found if one.setting not in kept]
     few = [replace(one, unranked="fewer than 3 seeds") if one.unranked is None else one for one in left]
     return [*placed, *sorted(few, key=lambda one: one.is_base)]
 
