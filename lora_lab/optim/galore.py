@@ -8,7 +8,12 @@ As in the released code: `std` projects the shorter side away (on the right wher
 columns), `reverse_std` the other one, `left`, `right` and `full` say it outright; the states are not turned along when
 P changes; weight decay acts on the whole weight, after the step. GPT-2's Conv1D keeps its matrices transposed, so left
 and right mean the other side there. Different from it: the optimizer inside is the trial's own. torch's AdamW adds eps
-to the bias-corrected root of v, the released one to the raw root, a difference of the order of eps.
+to the bias-corrected root of v, the released one to the raw root, a difference of the order of eps. It counts with
+`full`: there a renewed basis makes the gradient diagonal, all else is rounding noise, and eps decides how far Adam
+scales that up.
+
+The sign of a singular vector is up to rounding. As the states are not turned along, two trainings that differ by
+rounding alone (in how a batch is split) may part at a renewal.
 """
 
 from __future__ import annotations
