@@ -24,7 +24,7 @@ _EDGE = "best rate at the edge of its grid"
 _STANDS: dict[Stand, str] = {
     "first": "first",
     "behind": "behind",
-    "open": "cannot be told apart",
+    "open": "not told apart",
     "ahead": "ahead on common seeds",
     "not_compared": "not compared",
 }
@@ -125,7 +125,8 @@ def _against_first(one: Contender) -> dict[str, Any]:
         return plain_cell(_STANDS[one.stand], 0 if one.stand == "first" else None, hint=hint)
     difference = against.difference
     text = interval_text(difference.mean, against.half_width)
-    hint = f"first minus this one: {text} (corrected), {difference.n} seeds"
+    told = "cannot be told apart from the first; " if one.stand == "open" else ""
+    hint = f"{told}first minus this one: {text} (corrected), {difference.n} seeds"
     return plain_cell(_STANDS[one.stand], abs(difference.mean), hint=hint)
 
 
@@ -148,9 +149,11 @@ def _memory(one: Contender) -> list[dict[str, Any]]:
     if one.memory is None:
         return [rank, plain_cell("-", None, hint=clean(one.memory_missing or ""), is_missing=True)]
     low, high = one.memory
-    texts = list(dict.fromkeys([bytes_text(low), bytes_text(high)]))
+    text, smallest = bytes_text(high), bytes_text(low)
+    if smallest != text:
+        text = f"{smallest.removesuffix(text[text.rindex(' ') :])} to {text}"
     hint = f"{high:,} bytes" if low == high else f"{low:,} to {high:,} bytes"
-    return [rank, plain_cell(" to ".join(texts), high, hint=hint) | {"best": one.memory_rank == 1}]
+    return [rank, plain_cell(text, high, hint=hint) | {"best": one.memory_rank == 1}]
 
 
 def _time(cell: Cell, scale: Scale, *, is_best: bool) -> dict[str, Any]:

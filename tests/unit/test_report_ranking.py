@@ -84,7 +84,7 @@ def test_memory_with_its_range_where_seeds_differ(tmp_path: Path) -> None:
         add_run(tmp_path, trial_of(seed=seed), measurements={"peak_allocated_bytes": peak})
     _, findings, _ = drawn(tmp_path)
     cells = [cell["text"] for cell in ranking_view(findings)["rows"][0]["cells"]]
-    assert cells[3:] == ["1", "1.00 MB to 3.00 MB", "-", "-", "8,000"]
+    assert cells[3:] == ["1", "1.00 to 3.00 MB", "-", "-", "8,000"]
 
 
 def test_the_report_as_data_has_the_ranks(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,3 +98,14 @@ def test_the_report_as_data_has_the_ranks(ledger: Path, capsys: pytest.CaptureFi
         ("base", None),
     ]
     assert told[2]["is_at_edge"] and told[2]["rates"] == [0.001, 0.002] and not told[0]["is_at_edge"]
+
+
+def test_what_cannot_be_told_apart_from_the_first_is_said(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        add_run(tmp_path, trial_of(rank=4, seed=seed), score=2.0 + 0.1 * seed)
+        add_run(tmp_path, trial_of(rank=8, seed=seed), score=2.3 - 0.05 * seed)
+    _, findings, _ = drawn(tmp_path)
+    cell = ranking_view(findings)["rows"][1]["cells"][2]
+    # seed by seed -0.3, -0.15, 0: mean -0.15, s = 0.15, t(2) = 4.3027 (one comparison)
+    assert cell["text"] == "not told apart"
+    assert cell["hint"] == "cannot be told apart from the first; first minus this one: -0.2 ± 0.4 (corrected), 3 seeds"
