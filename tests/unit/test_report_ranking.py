@@ -103,9 +103,9 @@ def test_the_report_as_data_has_the_ranks(ledger: Path, capsys: pytest.CaptureFi
 def test_what_cannot_be_told_apart_from_the_first_is_said(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         add_run(tmp_path, trial_of(rank=4, seed=seed), score=2.0 + 0.1 * seed)
-        add_run(tmp_path, trial_of(rank=8, seed=seed), score=2.3 - 0.05 * seed)
+        add_run(tmp_path, trial_of(rank=8, seed=seed), score=2.4 - 0.1 * seed)
     _, findings, _ = drawn(tmp_path)
     cell = ranking_view(findings)["rows"][1]["cells"][2]
-    # seed by seed -0.3, -0.15, 0: mean -0.15, s = 0.15, t(2) = 4.3027 (one comparison)
+    # seed by seed -0.4, -0.2, 0: mean -0.2, s = 0.2, t(2) = 4.3027 (one comparison): 4.3027 * 0.2 / sqrt(3) = 0.497
     assert cell["text"] == "not told apart"
-    assert cell["hint"] == "cannot be told apart from the first; first minus this one: -0.2 ± 0.4 (corrected), 3 seeds"
+    assert cell["hint"] == "cannot be told apart from the first; first minus this one: -0.2 ± 0.5 (corrected), 3 seeds"
