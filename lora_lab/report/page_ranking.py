@@ -19,11 +19,12 @@ from lora_lab.study.findings import Findings
 from lora_lab.study.ranking import Contender, Ranking, Stand
 from lora_lab.study.table import Cell
 
+_RATE_HINT = "the learning rate with the best mean, which stands for the contender; how many were tried"
 _EDGE = "best rate at the edge of its grid"
 _STANDS: dict[Stand, str] = {
     "first": "first",
     "behind": "behind",
-    "open": "cannot be told apart",
+    "open": "not told apart",
     "ahead": "ahead on common seeds",
     "not_compared": "not compared",
 }
@@ -45,16 +46,12 @@ def ranking_view(findings: Findings) -> dict[str, Any]:
     colours = colours_of(findings.table)
     scale = scale_of([one.score for one in ranking.contenders])
     times = scale_of([one.time for one in ranking.contenders])
-    rate_headings = [
-        heading("best rate", "", "the learning rate with the best mean, which stands for the contender"),
-        heading("rates tried", "", "learning rates that were tried"),
-    ]
     return {
         "columns": [
             heading("rank", "", f"by {clean(column.name)}; equal means share a rank"),
             metric_heading(column),
             heading("against the first", "", "paired by seed, corrected for the number of comparisons"),
-            *(rate_headings if ranking.sweeps_rates else []),
+            *([heading("best rate", "of those tried", _RATE_HINT)] if ranking.sweeps_rates else []),
             heading("memory rank", "", "by the largest peak; equal ones share a rank"),
             heading("peak memory", "", "smallest to largest over seeds"),
             heading("time rank", "", "by the mean; equal ones share a rank"),
@@ -71,7 +68,7 @@ def ranking_view(findings: Findings) -> dict[str, Any]:
                     _rank(one.score_rank, one.unranked),
                     metric_cell(one.score, scale, is_best=one.score_rank == 1),
                     _against_first(one),
-                    *(_rates(one) if ranking.sweeps_rates else []),
+                    *([_best_rate(one)] if ranking.sweeps_rates else []),
                     *_memory(one),
                     _rank(one.time_rank, one.time.missing or _why_no_time_rank(ranking)),
                     _time(one.time, times, is_best=one.time_rank == 1),
@@ -128,21 +125,22 @@ def _against_first(one: Contender) -> dict[str, Any]:
         return plain_cell(_STANDS[one.stand], 0 if one.stand == "first" else None, hint=hint)
     difference = against.difference
     text = interval_text(difference.mean, against.half_width)
-    hint = f"first minus this one: {text} (corrected), {difference.n} seeds"
+    told = "cannot be told apart from the first; " if one.stand == "open" else ""
+    hint = f"{told}first minus this one: {text} (corrected), {difference.n} seeds"
     return plain_cell(_STANDS[one.stand], abs(difference.mean), hint=hint)
 
 
-def _rates(one: Contender) -> list[dict[str, Any]]:
+def _best_rate(one: Contender) -> dict[str, Any]:
+    """`0.01 of 3`; the hint lists what was tried."""
     if not one.rates:
-        return [plain_cell("-", None, is_missing=True)] * 2
-    count = len(one.rates)
-    tried = ", ".join(f"{rate:g}" for rate in one.rates)
-    best = plain_cell("-", None, hint=clean(one.unranked or ""), is_missing=True)
-    if one.rate is not None:
-        best = plain_cell(
-            f"{one.rate:g}" + (" (edge)" if one.is_at_edge else ""), one.rate, hint=_EDGE * one.is_at_edge
+        return plain_cell("-", None, is_missing=True)
+    tried = f"tried: {', '.join(f'{rate:g}' for rate in one.rates)}"
+    if one.rate is None:
+        return plain_cell(
+            f"none of {len(one.rates)}", None, hint=f"{clean(one.unranked or '')}; {tried}", is_missing=True
         )
-    return [best, plain_cell(str(count), count, hint=tried)]
+    text = f"{one.rate:g} of {len(one.rates)}" + (", edge" if one.is_at_edge else "")
+    return plain_cell(text, one.rate, hint=f"{_EDGE}; {tried}" if one.is_at_edge else tried)
 
 
 def _memory(one: Contender) -> list[dict[str, Any]]:
@@ -151,9 +149,11 @@ def _memory(one: Contender) -> list[dict[str, Any]]:
     if one.memory is None:
         return [rank, plain_cell("-", None, hint=clean(one.memory_missing or ""), is_missing=True)]
     low, high = one.memory
-    texts = list(dict.fromkeys([bytes_text(low), bytes_text(high)]))
+    text, smallest = bytes_text(high), bytes_text(low)
+    if smallest != text:
+        text = f"{smallest.removesuffix(text[text.rindex(' ') :])} to {text}"
     hint = f"{high:,} bytes" if low == high else f"{low:,} to {high:,} bytes"
-    return [rank, plain_cell(" to ".join(texts), high, hint=hint) | {"best": one.memory_rank == 1}]
+    return [rank, plain_cell(text, high, hint=hint) | {"best": one.memory_rank == 1}]
 
 
 def _time(cell: Cell, scale: Scale, *, is_best: bool) -> dict[str, Any]:

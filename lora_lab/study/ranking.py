@@ -181,7 +181,7 @@ def _contender(group: _Group, name: str, completed: Sequence[CompletedRun], colu
     row = group.shown
     rates = sorted({rate for _, rate in group.rows if rate is not None})
     is_shown = group.unranked is None or len(group.rows) == 1
-    rate = {one.setting: rate for one, rate in group.rows}[row.setting] if is_shown else None
+    rate = {one.setting: rate for one, rate in group.rows}[row.setting] if group.unranked is None else None
     why = group.unranked or "no score"
     memory = [int(result.measurements[_MEMORY]) for _, result in completed if _MEMORY in result.measurements]
     return Contender(
