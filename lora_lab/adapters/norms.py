@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,6 @@ def _square(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=wide)) ** 2
 
 
-def observed_updates(lines: list[Mapping[str, Any]]) -> list[Mapping[str, float]]:
+def observed_updates(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
     """The updates of a run's observations of kind `norms`, those that have one."""
     return [line["update"] for line in lines if line.get("update")]

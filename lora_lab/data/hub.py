@@ -119,9 +119,7 @@ def _wanted(data: HubData) -> dict[str, str]:
     return columns if data.type_column is None else columns | {"type_column": data.type_column}
 
 
-def _records(
-    data: HubData, table: Iterable[Mapping[str, Any]]
-) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def _records(data: HubData, table: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Source, record in our columns, and the type by its column: in the data set that may be called as one of ours."""
     for index, example in enumerate(table):
         record = {ours: _value(ours, _reach(example, theirs)) for ours, theirs in data.columns.items()}

@@ -41,7 +41,8 @@ def folder_model(path: Path, **values: Any) -> dict[str, Any]:
 def jsonl(path: Path, heldout: Path | None = None) -> dict[str, Any]:
     return {
         "kind": "jsonl", "path": str(path), "format": "auto", "heldout_path": None if heldout is None else str(heldout),
-        "heldout_size": 1, "heldout_seed": 0, "template": "auto", "loss_on": "answer", "max_length": 64, "type_column": None,
+        "heldout_size": 1, "heldout_seed": 0, "template": "auto", "loss_on": "answer", "max_length": 64,
+        "type_column": None,
     }  # fmt: skip
 
 

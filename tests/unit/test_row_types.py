@@ -122,7 +122,11 @@ def rows_folder(tmp_path: Path) -> Path:
 def test_a_data_set_names_types_in_a_column(rows_folder: Path) -> None:
     typed_file(rows_folder / "train.jsonl", ["task", "knowledge", "task"])
     rows = load_hub(hub(rows_folder), cache=rows_folder.parent / "cache")
-    assert {row.answer: row.type for row in [*rows.train, *rows.heldout]} == {"0": "task", "1": "knowledge", "2": "task"}
+    assert {row.answer: row.type for row in [*rows.train, *rows.heldout]} == {
+        "0": "task",
+        "1": "knowledge",
+        "2": "task",
+    }
     with pytest.raises(DataError, match=r'data\.type_column: .* has no column "kinds".*did you mean "kind"'):
         load_hub(hub(rows_folder, type_column="kinds"), cache=rows_folder.parent / "cache")
 
@@ -196,7 +200,10 @@ def test_types_of_a_data_set_are_refused_before_a_model_loads(
 @pytest.mark.parametrize(
     ("overrides", "rule"),
     [
-        (("data=skills",), r"data: .*beta > 0\) needs rows with types: data=skills_typed, data.types or data.type_column"),
+        (
+            ("data=skills",),
+            r"data: .*beta > 0\) needs rows with types: data=skills_typed, data.types or data.type_column",
+        ),
         (("data.types.gcd=odd",), r"data\.types: .*task and knowledge \(method\.groups\), got odd"),
         (("method.groups=[a,b]",), r"data\.types: expected only a and b \(method\.groups\), got knowledge, task"),
         (("method.groups=[a,a]",), r'method: groups names "a" twice'),
