@@ -1,6 +1,6 @@
 """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512) by PEFT: y = W x + s P diag(E) Q x, entries of E pruned by importance.
 
-The budget (the sum of ranks) falls from `initial_rank` to `rank` per matrix along a cubic curve (equation 12); which
+The budget (the sum of ranks) falls from the initial rank to `rank` per matrix along a cubic curve (equation 12); which
 entries go is decided by smoothed sensitivity x uncertainty (equations 8 to 10). s is alpha / initial_rank, as in PEFT.
 
 Where PEFT prunes every entry whose score is at or below a threshold, so that ties take the budget below its target (at
@@ -37,7 +37,7 @@ def adalora_config(base_model: Any, trial: Trial, *, steps: int) -> AdaLoraConfi
     return AdaLoraConfig(
         **named_base(base_model, trial),
         target_r=trial.rank,
-        init_r=method.initial_rank,
+        init_r=method.start(trial.rank),
         tinit=initial,
         tfinal=final,
         deltaT=method.interval,

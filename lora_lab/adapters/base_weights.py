@@ -49,24 +49,27 @@ def train_only(model: Any, last_layers: int, modules: Sequence[str]) -> None:
     one weight.
 
     Raises:
-        InputError: more layers than the model has, or names that match no module with parameters.
+        InputError: more layers than the model has, or names that match no module with parameters. The model is then
+            left as it was.
     """
     placed = placed_weights(model)
     depth = len(placed.layers)
     if last_layers > depth:
         raise InputError(Problem("method.last_layers", f"must be <= {depth}, the model's layers, got {last_layers}"))
-    model.requires_grad_(False)
-    for layer in placed.layers[depth - last_layers :]:
-        for _, parameter in layer:
-            parameter.requires_grad_(True)
     owners = {name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())}
+    chosen: list[nn.Module] = []
     problems = []
     for name in modules:
         matched = [owner for owner in owners if name_matches(owner, name)]
-        for owner in matched:
-            owners[owner].requires_grad_(True)
+        chosen += [owners[owner] for owner in matched]
         if not matched:
             ends = list(dict.fromkeys(owner.rpartition(".")[2] for owner in owners))
             problems.append(Problem("method.modules", f'"{name}" matches no module' + nearest(name, ends)))
     if problems:
         raise InputError(problems)
+    model.requires_grad_(False)
+    for layer in placed.layers[depth - last_layers :]:
+        for _, parameter in layer:
+            parameter.requires_grad_(True)
+    for module in chosen:
+        module.requires_grad_(True)

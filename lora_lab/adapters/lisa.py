@@ -6,7 +6,8 @@ probabilities each layer is in the set by itself with its own p.
 
 Differences from the released code (LMFlow): a draw is a function of the trial's seed and the number of the period, so a
 resumed run draws the same; and a layer that leaves the set gives its gradients and its optimizer state back, which is
-what the memory claim needs. A layer that is drawn again at once keeps them.
+what the memory claim needs. A layer that is drawn again at once keeps them. (bitsandbytes never frees the managed
+memory of a paged state: on CUDA, with a paged optimizer, what is released can be paged out but is not freed.)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ class Lisa:
             raise InputError(Problem("method.weights", rule))
         self._gamma, self._interval, self._seed, self._probabilities = layers, interval, seed, probabilities
         self._homes: list[list[nn.Parameter]] | None = None
+        self._period: int | None = None
         self._set_trained(frozenset(self.drawn(0)))
 
     def drawn(self, period: int) -> tuple[int, ...]:
@@ -55,20 +58,23 @@ class Lisa:
         return tuple(layer for layer in range(depth) if generator.random() < self._probabilities[layer])
 
     def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """At the first step of a period: its layers are trained, all others are released.
+        """At the first step of a period, or where a training is taken up: its layers are trained, others released.
 
-        The optimizer's groups stay, since schedules count them; only what is in them changes.
+        The optimizer's groups stay, since schedules count them; only what is in them changes. It is the same optimizer
+        at every call, and at the first one it holds all parameters.
         """
+        period = step // self._interval
+        if period == self._period:
+            return
+        self._period = period
         if self._homes is None:
             self._homes = [list(group["params"]) for group in optimizer.param_groups]
-        if step % self._interval:
-            return
-        self._set_trained(frozenset(self.drawn(step // self._interval)))
+        self._set_trained(frozenset(self.drawn(period)))
         for group, home in zip(optimizer.param_groups, self._homes, strict=True):
             group["params"] = [parameter for parameter in home if parameter.requires_grad]
             for parameter in home:
                 if not parameter.requires_grad:
-                    optimizer.state.pop(parameter, None)
+                    _release(parameter, optimizer)
 
     def after_step(self, step: int) -> None:
         """Nothing."""
@@ -93,20 +99,40 @@ class Lisa:
         return (parameter for _, parameter in self._placed.outside)
 
 
+def _release(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    """Lets go of a parameter's state; bitsandbytes keeps a list of the paged ones (on CUDA) beside it."""
+    released = optimizer.state.pop(parameter, {})
+    manager: Any = getattr(optimizer, "page_mng", None)
+    if manager is not None:
+        gone = {id(value) for value in released.values()}
+        manager.paged_tensors = [tensor for tensor in manager.paged_tensors if id(tensor) not in gone]
+
+
 def importance_probabilities(
     full: Sequence[Mapping[str, float]], lora: Sequence[Mapping[str, float]], *, expected: float
 ) -> list[float]:
     """The paper's p (section 3.2): LoRA's mean norm of a layer over full fine-tuning's, so that sampling imitates LoRA.
 
-    full, lora: norms of the layers' updates ("0", "1", ...) at each observation of a training of either kind. The
-    ratios say only how layers compare, so they are scaled until their sum, the expected number of trained layers, is
-    `expected`; none exceeds 1, and what is cut off there goes to the others in proportion.
+    full, lora: norms of the layers ("0", "1", ...) at each observation of a training of either kind; the lab gives
+    those of the updates. expected: the number of trained layers to expect, gamma.
+
+    The paper derives p_l = LoRA's w_l / full w_l from the means over steps of a layer's norm, so that a layer's
+    expected rate is LoRA's, and uses it for none of its results: there all middle layers have p = gamma / N_L, or
+    exactly gamma are drawn. What is here is the derivation carried out, with choices of our own. The paper calls w the
+    norm of the layer's weights; of a model with its base those hardly differ between the two trainings, so the change
+    is compared. And a ratio may exceed 1 and says nothing of how many layers fit the memory, so the ratios are scaled
+    until their sum is `expected`; none exceeds 1, and what is cut off there goes to the others in proportion (to none
+    whose ratio is 0).
 
     Raises:
         InputError: an observation lacks a layer, or full fine-tuning did not move one.
     """
-    layers = sorted({key for line in full for key in line if key.isdigit()}, key=int)
-    means = [[sum(line.get(key, float("nan")) for line in log) / len(log) for key in layers] for log in (full, lora)]
+    layers = sorted({key for line in [*full, *lora] for key in line if key.isdigit()}, key=int)
+    nothing = [float("nan")] * len(layers)
+    means = [
+        [fmean(line.get(key, float("nan")) for line in log) for key in layers] if log else nothing
+        for log in (full, lora)
+    ]
     ratios = [one / other if other else float("nan") for other, one in zip(*means, strict=True)]
     if not layers or any(not ratio >= 0 for ratio in ratios):
         raise InputError(Problem("method.norm_log", "both runs must have observed the update of every layer, none 0"))

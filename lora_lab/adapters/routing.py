@@ -147,6 +147,11 @@ class RoutingTotals:
             if self._keep_sequences:
                 self._sequences.setdefault(name, []).append(_sequence_means(entry, real))
 
+    def clear(self) -> None:
+        """Forgets all batches."""
+        self._sums.clear()
+        self._sequences.clear()
+
     def statistics(self) -> dict[str, RoutingStatistics]:
         """Of every router that has seen a real token, by its name."""
         rows = {name: sums.cpu() for name, sums in self._sums.items()}

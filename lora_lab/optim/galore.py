@@ -13,6 +13,8 @@ to the bias-corrected root of v, the released one to the raw root, a difference 
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -133,12 +135,23 @@ class GaLore(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a state of `state_dict()`: bases, counts, and the states of the optimizer inside."""
         super().load_state_dict(state_dict)
-        for parameter in [one for group in self.param_groups for one in group["params"]]:
+        # torch has cast every state to its parameter's dtype, which 8-bit states do not survive.
+        saved = copy.deepcopy(state_dict["state"])
+        keys = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for key, parameter in zip(keys, [one for group in self.param_groups for one in group["params"]], strict=True):
+            self.state[parameter] = {
+                name: _placed(name, value, parameter) for name, value in saved.get(key, {}).items()
+            }
             own = {key: value for key, value in self.state[parameter].items() if key not in _OWN_STATE}
             if own:
                 self._inner.state[self._stand_ins.get(parameter, parameter)] = own
         for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
             own["lr"] = group["lr"]
+
+
+def _placed(name: str, value: Any, parameter: nn.Parameter) -> Any:
+    """A state on its parameter's device; torch's step counters stay where they are."""
+    return value.to(parameter.device) if isinstance(value, Tensor) and name != "step" else value
 
 
 def _basis_of(state: Mapping[str, Any]) -> dict[str, Tensor]:

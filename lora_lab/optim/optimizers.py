@@ -83,8 +83,9 @@ def build_schedule(optimizer: torch.optim.Optimizer, multiplier: Callable[[int],
 
 def optimizer_facts(optimizer: torch.optim.Optimizer, *, device: torch.device) -> dict[str, Any]:
     """What really runs: the class, and whether its states live in paged memory (CUDA only)."""
-    asked = bool(getattr(optimizer, "is_paged", False))
-    kind = type(optimizer)
+    inner: Any = getattr(optimizer, "inner", optimizer)  # GaLore has the trial's own optimizer inside
+    asked = bool(getattr(inner, "is_paged", False))
+    kind = type(inner)
     facts: dict[str, Any] = {
         "class": f"{kind.__module__.split('.')[0]}.{kind.__name__}",
         "paging": "active" if asked and device.type == "cuda" else "off",

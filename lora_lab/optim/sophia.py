@@ -7,7 +7,8 @@ h^ = N g^ * g^ is the Gauss-Newton-Bartlett estimate (algorithm 2): g^ is the gr
 against labels drawn from the model's own distribution. The released code keeps the mean of g^ * g^ and multiplies by
 its batch size in tokens where it divides; that is the same where every batch has as many tokens, and here N is the
 number of tokens that the estimate was made on. As in that code |m| / (rho h + 1e-15) is cut at 1: where h is zero the
-step is lr sign(m).
+step is lr sign(m). h starts at zero and takes about k / (1 - b2) steps to reach its size (1,000 with the published
+k and b2), so a short fine-tuning is clipped more than rho suggests.
 """
 
 from __future__ import annotations

@@ -123,7 +123,8 @@ def _dora(trial: Trial, shape: Shape) -> Added:
 def _adalora(trial: Trial, shape: Shape) -> Added:
     """P, Q and the singular values at the initial rank; PEFT keeps the rank of each matrix as one frozen number."""
     modules = _linear_modules(trial)
-    rank = _setting(trial, "initial_rank")
+    method: Any = trial.method
+    rank: int = method.start(trial.rank)
     if rank > shape.hidden_size:
         rule = f"must be <= {shape.hidden_size}, the hidden size of {trial.model.name}, got {rank}"
         raise InputError(Problem("method.initial_rank", rule))

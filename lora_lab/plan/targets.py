@@ -45,7 +45,7 @@ _ACTIVATION = MappingProxyType({"llama": ("down_proj",), "gpt2": ("mlp.c_proj",)
 _NAME = re.compile(r"[A-Za-z0-9_.*]+")
 
 
-def part_suffixes(family: str, *, kind: str) -> Mapping[str, tuple[str, ...]]:
+def part_suffixes(family: str, *, kind: str = "lora") -> Mapping[str, tuple[str, ...]]:
     """For each part a target may name, the ends of the dotted names of its modules.
 
     kind: of the method; to one of VECTOR_KINDS `mlp` is the MLP's last layer alone, whose input it scales.

@@ -26,6 +26,7 @@ from lora_lab.record.atomic import write_text
 from lora_lab.record.environment import utc_now
 from lora_lab.report.page_figures import families
 from lora_lab.report.page_layers import routing_view
+from lora_lab.report.page_ranking import ranking_view
 from lora_lab.report.page_runs import run_blocks, run_columns, run_rows
 from lora_lab.report.page_settings import settings_data, table_view
 from lora_lab.report.page_words import METHOD, effects_view, facts, sections
@@ -79,6 +80,7 @@ def draw_page(subject: Subject, findings: Findings, *, folder: Path) -> str:
         "source": _source(subject.source),
         "facts": facts(findings, planned=subject.planned),
         "table": table_view(table),
+        "ranking": ranking_view(findings),
         "effects": effects_view(findings),
         "routing": routing_view(findings),
         "families": [family.to_view() for family in drawn],

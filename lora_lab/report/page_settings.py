@@ -59,7 +59,7 @@ def table_view(table: SettingsTable) -> dict[str, Any]:
     scales = {column.name: scale_of([row.cells[column.name] for row in table.rows]) for column in table.columns}
     best = {column.name: _best(table.rows, column) for column in table.columns}
     return {
-        "columns": [heading("seeds", "", "completed runs"), *map(_metric_heading, table.columns), *_headings()],
+        "columns": [heading("seeds", "", "completed runs"), *map(metric_heading, table.columns), *_headings()],
         "rows": [
             {
                 "id": setting_id(row),
@@ -91,7 +91,8 @@ def heading(title: str, unit: str, hint: str) -> dict[str, Any]:
     return {"title": title, "unit": unit, "hint": hint, "arrow": "", "direction": ""}
 
 
-def _metric_heading(column: MetricColumn) -> dict[str, Any]:
+def metric_heading(column: MetricColumn) -> dict[str, Any]:
+    """The heading of a column of scores, with the way that is better."""
     chance = "" if column.chance is None else f"; chance {number_text(column.chance)}"
     return {
         **heading(clean(column.name), clean(column.unit), f"{clean(column.name)} in {clean(column.unit)}{chance}"),

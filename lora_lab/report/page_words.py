@@ -76,6 +76,8 @@ def sections(page: Mapping[str, Any]) -> list[dict[str, str]]:
     entries = []
     if page["table"]["rows"]:
         entries.append({"id": "settings", "title": "Settings"})
+    if page["ranking"]["rows"]:
+        entries.append({"id": "ranking", "title": "Ranking"})
     if page["effects"]["rows"]:
         entries.append({"id": "effects", "title": "Axes"})
     entries += [{"id": family["id"], "title": family["menu"]} for family in page["families"]]

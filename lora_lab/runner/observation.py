@@ -44,6 +44,7 @@ class Observer:
         if self._attached.routing is not None:
             routers = {name: asdict(one) for name, one in self._attached.routing.statistics().items()}
             found.append(("routing", {"routers": routers}))
+            self._attached.routing.clear()  # the next observation is of the interval that begins here
         distances = {
             module.routing_name: expert_distances(module, self._name)
             for module in model.modules()

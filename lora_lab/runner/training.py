@@ -56,6 +56,8 @@ def train_and_save(
         watcher.phase(folder.run_id, "measuring memory")
         with gathered.timed("probe"):
             probe = probe_step(attached.model, member, pad_id=base.tokenizer.pad_token_id, device=device)
+        if attached.routing is not None:
+            attached.routing.clear()  # what it heard of the probe is no training
         gathered.measurements |= {
             "peak_allocated_bytes": probe.peak_bytes,
             "gradient_bytes": probe.gradient_bytes,

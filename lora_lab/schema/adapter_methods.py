@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, model_validator
@@ -39,14 +40,16 @@ class LoraPlus(MethodSection):
 class AdaLora(MethodSection):
     """Adaptive budget (Zhang et al. 2023, arXiv 2303.10512): P diag(E) Q with pruned singular values.
 
-    `rank` is the target, the mean rank at the end; every matrix starts with `initial_rank`. The budget shrinks between
+    `rank` is the target, the mean rank at the end; every matrix starts with `initial_rank`, or where
+    that is null with `initial_factor` x rank, rounded up. The budget shrinks between
     the first `initial_share` and the last `final_share` of the steps, every `interval` steps. orthogonality_weight: of
     the penalty that keeps P and Q orthogonal.
     """
 
     uses = LORA_AXES
     kind: Literal["adalora"]
-    initial_rank: Count
+    initial_rank: Count | None
+    initial_factor: Positive
     initial_share: Fraction
     final_share: Fraction
     interval: Count
@@ -61,6 +64,10 @@ class AdaLora(MethodSection):
                 "the budget could shrink; their sum must be < 1"
             )
         return self
+
+    def start(self, rank: int) -> int:
+        """The rank of every matrix at the start of a trial of this rank."""
+        return math.ceil(self.initial_factor * rank) if self.initial_rank is None else self.initial_rank
 
 
 class Ia3(MethodSection):

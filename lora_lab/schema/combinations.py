@@ -173,9 +173,9 @@ def _rank_fits_the_width(trial: Trial) -> list[Problem]:
 
 def _budget_shrinks(trial: Trial) -> list[Problem]:
     method = trial.method
-    if not isinstance(method, AdaLora) or method.initial_rank >= trial.rank:
+    if not isinstance(method, AdaLora) or method.start(trial.rank) >= trial.rank:
         return []
-    rule = f"must be >= {trial.rank}, the rank at the end (rank), got {method.initial_rank}"
+    rule = f"must be >= {trial.rank}, the rank at the end (rank), got {method.start(trial.rank)}"
     return [Problem("method.initial_rank", rule)]
 
 

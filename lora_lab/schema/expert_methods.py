@@ -42,6 +42,11 @@ class Loramoe(MethodSection):
     groups: the types of rows (`data.types`, `data.type_column`) that the first and the second half of the experts are
     for. delta, beta: strength and weight of the localized balancing constraint; beta=0 leaves it out, as the released
     script does. balance: `variance_over_mean` is the paper's form, `variance_over_squared_mean` the released code's.
+
+    The constraint balances (importance) x (1 + delta for the group of a row's own type, 1 - delta for the other), so it
+    is smallest where the own group gets (1 - delta) / 2 of a row's weight: it turns rows away from the group of their
+    type, where the paper says that it draws them there. Training on rows of two types ends at that share, with the
+    paper's 0.1 and 0.1 as well, and without the constraint (beta=0) neither type prefers a group.
     """
 
     uses = LORA_AXES

@@ -201,7 +201,7 @@ def _compared(
     counts: dict[str, int],
 ) -> Answer:
     comparisons = len(others) + (base is not None)
-    against = {row.setting: _against(best, row, column, comparisons) for row in others}
+    against = {row.setting: against_other(best, row, column, comparisons) for row in others}
     known = [one for one in against.values() if one is not None]
     tested = [effect for effect in effects if effect.metric == column.name and effect.interval is not None]
     return Answer(
@@ -253,7 +253,8 @@ def _base_of(best: SettingRow, bases: Sequence[SettingRow]) -> SettingRow | None
     return bases[shared.index(max(shared))] if bases else None
 
 
-def _against(best: SettingRow, other: SettingRow, column: MetricColumn, comparisons: int) -> Against | None:
+def against_other(best: SettingRow, other: SettingRow, column: MetricColumn, comparisons: int) -> Against | None:
+    """Two scored settings over the seeds that both have, as one of `comparisons`; None for fewer than three."""
     first, second = scores_by_seed(best.cells[column.name]), scores_by_seed(other.cells[column.name])
     return _judged(other, [first[seed] - second[seed] for seed in first if seed in second], column, comparisons)
 

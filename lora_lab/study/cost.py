@@ -7,13 +7,16 @@ runs of the setting ran on one kind of machine.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lora_lab.record.result import Result
 from lora_lab.record.run_record import RunRecord
 
+# A completed run with its result.
+CompletedRun = tuple[RunRecord, Result]
 
-def cost_of(completed: Sequence[tuple[RunRecord, Result]]) -> tuple[dict[str, float | int], dict[str, str]]:
+
+def cost_of(completed: Sequence[CompletedRun]) -> tuple[dict[str, float | int], dict[str, str]]:
     """Bytes, seconds and speeds by name, and why each that some run lacks is absent."""
     names = dict.fromkeys(name for _, result in completed for name in result.measurements)
     cost: dict[str, float | int] = {}
@@ -22,13 +25,10 @@ def cost_of(completed: Sequence[tuple[RunRecord, Result]]) -> tuple[dict[str, fl
         if name.endswith("_bytes"):
             cost[name] = max(_values(name, completed))
         elif _is_time(name):
-            alone = [(record, result) for record, result in completed if result.facts.get("executed") == "alone"]
-            machines = {record.header.machine_id for record, _ in alone if record.header is not None}
-            if not alone:
-                missing[name] = "no run was executed alone"
-            elif len(machines) > 1:
-                missing[name] = f"the runs come from {len(machines)} different machines"
-            elif values := _values(name, alone):
+            timed, why = timed_runs(completed)
+            if why is not None:
+                missing[name] = why
+            elif values := _values(name, timed):
                 cost[name] = statistics.median(values)
     for _, result in completed:
         for name, reason in result.missing.items():
@@ -37,9 +37,23 @@ def cost_of(completed: Sequence[tuple[RunRecord, Result]]) -> tuple[dict[str, fl
     return cost, missing
 
 
+def timed_runs(completed: Sequence[CompletedRun]) -> tuple[list[CompletedRun], str | None]:
+    """The runs whose times count: those that had the machine alone; or none, and why."""
+    alone = [(record, result) for record, result in completed if result.facts.get("executed") == "alone"]
+    if not alone:
+        return [], "no run was executed alone"
+    count = len(machines_of(alone))
+    return ([], f"the runs come from {count} different machines") if count > 1 else (alone, None)
+
+
+def machines_of(runs: Iterable[CompletedRun]) -> set[str | None]:
+    """The machines that made these runs."""
+    return {record.header.machine_id for record, _ in runs if record.header is not None}
+
+
 def _is_time(name: str) -> bool:
     return name.endswith(("_seconds", "_per_second"))
 
 
-def _values(name: str, completed: Sequence[tuple[RunRecord, Result]]) -> list[float | int]:
+def _values(name: str, completed: Sequence[CompletedRun]) -> list[float | int]:
     return [result.measurements[name] for _, result in completed if name in result.measurements]

@@ -12,6 +12,7 @@ from lora_lab.record.study_folder import StudyRecord
 from lora_lab.study.answer import Answer, answer_of
 from lora_lab.study.axes import SweptAxes, swept_axes
 from lora_lab.study.effects import Effect, effects_of
+from lora_lab.study.ranking import Ranking, ranking_of
 from lora_lab.study.table import SettingsTable, settings_table
 
 
@@ -24,15 +25,17 @@ class Findings:
     axes: SweptAxes
     effects: tuple[Effect, ...]
     answer: Answer
+    ranking: Ranking
 
     def to_json(self) -> dict[str, Any]:
-        """Table, axes, effects and answer; the runs by their ids."""
+        """Table, axes, effects, answer and ranking; the runs by their ids."""
         return {
             "runs": [record.run_id for record in self.records],
             "answer_parts": self.answer.to_json(),
             "table": self.table.to_json(),
             "axes": self.axes.to_json(),
             "effects": [effect.to_json() for effect in self.effects],
+            "ranking": self.ranking.to_json(),
         }
 
 
@@ -51,4 +54,4 @@ def findings_of(records: Iterable[RunRecord], *, metrics: Sequence[str] | None) 
     table = settings_table(every, metrics=metrics)
     axes = swept_axes(every)
     effects = tuple(effect for column in table.columns for effect in effects_of(table, axes, column.name))
-    return Findings(every, table, axes, effects, answer_of(table, effects))
+    return Findings(every, table, axes, effects, answer_of(table, effects), ranking_of(every, table))

@@ -3,7 +3,8 @@
 Algorithm 3 of Liu et al. 2023 (arXiv 2305.14342): at steps 1, k + 1, 2k + 1, ... on one mini-batch, with labels drawn
 from the model's own distribution. Here the mini-batch is the first micro-batch of the step; labels stand in for those
 of its loss tokens and are drawn from the run's own seed and the step's number, so a resumed run draws the same. In the
-first interval of a LoRA the estimate for A is zero (B is zero), and A moves by sign descent at the full rate.
+first interval of a LoRA the estimate for A is zero (B is zero), and A moves by sign descent at the full rate. So does a
+layer that LISA draws between two estimates, until the next.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from tests.journey.program import Lab, single_thread
 
 ALIASES = ("qlora",)
 METHODS = (*TABLE, *ALIASES)
-OPTIMIZERS = ("adamw", "sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit", "lion")
+OPTIMIZERS = ("adamw", "sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit", "lion", "sophia")
 SCHEDULERS = ("constant", "linear", "cosine", "half_cycle_cosine", "wsd")
 ADAPTERS = ("lora", "rslora", "dora")
 QUANTIZATIONS = ("nf4", "fp4")
@@ -156,11 +156,12 @@ def test_optimizer(trained: Training, optimizer: str) -> None:
             "paged_adamw": "bitsandbytes.PagedAdamW32bit",
             "paged_adamw8bit": "bitsandbytes.PagedAdamW8bit",
             "lion": "bitsandbytes.Lion",
+            "sophia": "lora_lab.Sophia",
         }[optimizer]
     )
     assert facts["paging"].startswith("asked for, not active on cpu" if "paged" in optimizer else "off")
     bytes_each = result.measurements["optimizer_state_bytes"] / (result.trainable_parameters or 1)
-    states = {"adamw": 8, "paged_adamw": 8, "sgd": 4, "lion": 4}
+    states = {"adamw": 8, "paged_adamw": 8, "sgd": 4, "lion": 4, "sophia": 8}
     if optimizer in states:
         assert bytes_each == pytest.approx(states[optimizer], rel=1e-2)
     else:

@@ -29,6 +29,7 @@ FOLDERS = {
     "lora_lab/optim/": "how weights move",
     "lora_lab/data/": "rows, templates, batches",
     "lora_lab/memory/": "what is alive, and at its peak",
+    "lora_lab/runner/": "one job to one result",
     "lora_lab/train/": "one loop",
     "lora_lab/evaluate/": "scores; the only door to lm-eval",
     "lora_lab/study/": "statistics",

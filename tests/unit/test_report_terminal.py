@@ -184,6 +184,8 @@ def _plan_row(name: str, **changes: object) -> PlanRow:
         "steps": 20,
         "train_rows": 160,
         "trainable_parameters": 460_800,
+        "adapter_parameters": 460_800,
+        "router_parameters": 0,
         "total_parameters": 134_975_808,
         "overrides": ("rank=8",),
         "missing": {},
