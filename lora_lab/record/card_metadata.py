@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lora_lab.record.markdown import one_line
+from lora_lab.record.parents import WEIGHTS
 from lora_lab.record.result import Metric, Result
 from lora_lab.record.run_record import RunHeader
 from lora_lab.schema.data import Data, HubData, JsonlData
@@ -31,7 +32,8 @@ def front_matter(header: RunHeader, result: Result, trial: Trial) -> str:
         "library_name": "peft" if has_adapter else "transformers",
         "pipeline_tag": "text-generation",
     }
-    if isinstance(trial.model, HubModel) and _REPOSITORY.fullmatch(trial.model.repo):
+    belongs_elsewhere = has_adapter and WEIGHTS in header.identities  # the hub would load it on the plain model
+    if isinstance(trial.model, HubModel) and _REPOSITORY.fullmatch(trial.model.repo) and not belongs_elsewhere:
         values["base_model"] = trial.model.repo
         values["base_model_relation"] = "adapter" if has_adapter else "finetune"
     if isinstance(trial.data, HubData) and _REPOSITORY.fullmatch(trial.data.repo):

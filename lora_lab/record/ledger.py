@@ -25,15 +25,16 @@ from lora_lab.schema.labels import check_label
 
 __all__ = ["Ledger", "RunRecord", "run_id_of"]
 
-_ID_DIGITS = 16
+# Of the fingerprint, in the name of a run's folder.
+ID_DIGITS = 16
 _SHOWN_CANDIDATES = 10
 
 
 def run_id_of(fingerprint: str, repeat: int) -> str:
     """The folder name of a run; known before anything is loaded."""
-    if len(fingerprint) < _ID_DIGITS or not set(fingerprint) <= set("0123456789abcdef"):
+    if len(fingerprint) < ID_DIGITS or not set(fingerprint) <= set("0123456789abcdef"):
         raise ValueError(f"expected a hexadecimal fingerprint, got {fingerprint!r}")
-    return fingerprint[:_ID_DIGITS] + (f".r{repeat}" if repeat > 0 else "")
+    return fingerprint[:ID_DIGITS] + (f".r{repeat}" if repeat > 0 else "")
 
 
 class Ledger:

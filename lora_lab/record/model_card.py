@@ -12,25 +12,29 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from lora_lab.errors import InputError
 from lora_lab.record.atomic import read_json, write_text
+from lora_lab.record.card_identity import identity_rows, model_name, setting_text
 from lora_lab.record.card_metadata import data_name, front_matter, is_score
-from lora_lab.record.card_snippet import loading
+from lora_lab.record.card_snippet import Saved, loading
+from lora_lab.record.ledger import ID_DIGITS, Ledger
 from lora_lab.record.markdown import code, prose, table
+from lora_lab.record.parents import PARENT_ROLES, WEIGHTS, weights_chain
 from lora_lab.record.result import Metric, Result, Status
-from lora_lab.record.run_record import ADAPTER_FOLDER, ENVIRONMENT_FILE, MODEL_FOLDER, RunHeader
+from lora_lab.record.run_record import (
+    ADAPTER_FOLDER,
+    CHANGED_FOLDER,
+    ENVIRONMENT_FILE,
+    MODEL_FOLDER,
+    RunHeader,
+    RunRecord,
+)
 from lora_lab.schema.data import HubData, SkillsData
-from lora_lab.schema.model import EmbeddedModel, HubModel
 from lora_lab.schema.trial import Trial, read_trial
 
 CARD_FILE = "README.md"
 
 _QUANTILE = NormalDist().inv_cdf(0.975)
-_METHODS = {
-    "lora": "LoRA (scaling alpha / rank)",
-    "rslora": "rank-stabilised LoRA (scaling alpha / sqrt(rank))",
-    "dora": "DoRA (LoRA on the direction, and a trained magnitude per output)",
-    "full": "all weights trained",
-}
 # What a measurement's name says too briefly.
 _MEANINGS = {
     "peak_allocated_bytes": "peak of allocated memory in training",
@@ -42,34 +46,55 @@ _MEANINGS = {
     "tokens_per_second": "training speed, tokens without padding per second",
     "adapter_file_bytes": "size of the adapter on disk",
     "model_file_bytes": "size of the model on disk",
+    "changed_file_bytes": "size of the trained weights on disk",
     "load_average_before": "1-minute load average before the run",
     "load_average_after": "1-minute load average after the run",
 }
 
 
 def write_cards(folder: Path, header: RunHeader, result: Result) -> None:
-    """Writes the card into the run's `adapter/` or `model/`, whichever is there; a run that saved nothing gets none.
+    """Writes the card into the run's `adapter/`, `model/` or `changed/`; a run that saved nothing gets none.
 
     Raises:
         MachineError: the disk refuses.
     """
-    for saved in (folder / ADAPTER_FOLDER, folder / MODEL_FOLDER):
+    for saved in (folder / ADAPTER_FOLDER, folder / MODEL_FOLDER, folder / CHANGED_FOLDER):
         if saved.is_dir():
-            write_text(saved / CARD_FILE, card_text(saved, header, result, read_json(folder / ENVIRONMENT_FILE)))
+            below = _below(folder, header)
+            card = card_text(saved, header, result, read_json(folder / ENVIRONMENT_FILE), below=below)
+            write_text(saved / CARD_FILE, card)
 
 
-def card_text(saved: Path, header: RunHeader, result: Result, environment: Mapping[str, Any]) -> str:
-    """The card of weights in the folder `saved`; `environment` is what the ledger knows of the machine."""
+def _below(folder: Path, header: RunHeader) -> list[RunRecord] | None:
+    """The runs whose weights lie under what was saved; None where one of them is gone."""
+    try:
+        return weights_chain(Ledger(folder.parent.parent), header.identities)
+    except InputError:
+        return None
+
+
+def card_text(
+    saved: Path,
+    header: RunHeader,
+    result: Result,
+    environment: Mapping[str, Any],
+    *,
+    below: Sequence[RunRecord] | None = (),
+) -> str:
+    """The card of weights in the folder `saved`; `environment` is what the ledger knows of the machine.
+
+    below: the runs whose weights these lie on (`parents.weights_chain`); None where they are not to be had.
+    """
     trial = read_trial(header.trial)
     sections = {
-        "What it is": _facts(_identity(header, result, trial)),
+        "What it is": _facts(identity_rows(header, result, trial)),
         "Data": _facts(_data(header, result, trial)),
         "Training": _facts(_training(result, trial)),
         "Scores": _scores(result, trial),
         "Memory and time": _facts(_cost(result, environment)),
         "Not measured": [f"- {code(name)}: {prose(reason)}" for name, reason in sorted(result.missing.items())],
         "Warnings": [f"- {prose(str(warning))}" for warning in result.facts.get("warnings", ())],
-        "How to load it": loading(saved, header.run_id, result, trial),
+        "How to load it": _loading(saved, header, result, trial, below),
         "Where it comes from": _facts(_provenance(header, result, environment)),
     }
     lines = [f"# {prose(header.name)}", "", *_opening(result, trial)]
@@ -79,9 +104,21 @@ def card_text(saved: Path, header: RunHeader, result: Result, environment: Mappi
     return f"{front_matter(header, result, trial)}\n" + "\n".join(lines) + "\n"
 
 
+def _loading(
+    saved: Path, header: RunHeader, result: Result, trial: Trial, below: Sequence[RunRecord] | None
+) -> list[str]:
+    if below is not None:
+        return loading(Saved(saved, header, result, trial, below))
+    return [
+        f"It belongs on the weights of run {code(header.identities[WEIGHTS][:ID_DIGITS])}, which is no longer there."
+    ]
+
+
 def _opening(result: Result, trial: Trial) -> list[str]:
-    what = "An adapter for" if trial.method.has_adapter else "A trained copy of"
-    lines = [f"{what} {code(_model_name(trial))}, trained and scored by LoRA Lab as one run of an experiment."]
+    what = {"adapter": "An adapter for", "changed": "Trained weights of", "model": "A trained copy of"}.get(
+        trial.method.saves, "A run of"
+    )
+    lines = [f"{what} {code(model_name(trial))}, trained and scored by LoRA Lab as one run of an experiment."]
     if result.status != Status.COMPLETED:
         why = f": {prose(result.reason)}" if result.reason else ""
         lines += ["", f"**The run ended as {result.status}{why}.** What it had measured until then is below."]
@@ -90,39 +127,6 @@ def _opening(result: Result, trial: Trial) -> list[str]:
 
 def _facts(rows: Iterable[tuple[str, str]]) -> list[str]:
     return table(("", ""), list(rows))
-
-
-def _model_name(trial: Trial) -> str:
-    model = trial.model
-    if isinstance(model, HubModel):
-        return model.repo
-    return model.name if model.name is not None else "a local model"
-
-
-def _identity(header: RunHeader, result: Result, trial: Trial) -> Iterable[tuple[str, str]]:
-    model = trial.model
-    yield "base", code(_model_name(trial))
-    if isinstance(model, HubModel):
-        yield "revision of the base", code(model.revision)
-    if isinstance(model, EmbeddedModel):
-        yield "file of the base", f"{code(model.file)} of the Python package {code(model.package)}, converted"
-    if "base" in header.identities:
-        yield "identity of the base", code(header.identities["base"])
-    yield "method", _METHODS.get(trial.method.kind, code(trial.method.kind))
-    if trial.method.has_adapter:
-        yield "rank, alpha, dropout", f"{trial.rank}, {trial.alpha:g}, {trial.dropout:g}"
-        yield "adapted modules", ", ".join([*trial.target.parts, *map(code, trial.target.modules)])
-    double = " with double quantization" if trial.quantization.double_quantization else ""
-    yield "quantization of the base", trial.quantization.kind + double
-    yield "trained parameters", _parameters(result)
-    yield "licence", "not stated; those of the base model and of the data apply"
-
-
-def _parameters(result: Result) -> str:
-    trainable, total = result.trainable_parameters, result.total_parameters
-    if trainable is None or total is None:
-        return "not counted"
-    return f"{trainable:,} of {total:,} ({100 * trainable / total:.3g} %)"
 
 
 def _data(header: RunHeader, result: Result, trial: Trial) -> Iterable[tuple[str, str]]:
@@ -153,6 +157,8 @@ def _training(result: Result, trial: Trial) -> Iterable[tuple[str, str]]:
     if "tokens" in measured and "loss_tokens" in measured:
         yield "tokens", f"{measured['tokens']:,}, of which {measured['loss_tokens']:,} count in the loss"
     yield "learning rate", f"{trial.learning_rate:g}, {_settings(trial.scheduler.model_dump())}"
+    if training.layer_rates:
+        yield "factors of the rate by layer", setting_text(training.layer_rates)
     yield "optimizer", _settings(trial.optimizer.model_dump())
     norm = training.max_gradient_norm
     yield "gradient norm", "not clipped" if norm is None else f"clipped at {norm:g}"
@@ -167,11 +173,7 @@ def _training(result: Result, trial: Trial) -> Iterable[tuple[str, str]]:
 def _settings(values: Mapping[str, Any]) -> str:
     """`linear, warmup steps 0`."""
     known = {key.replace("_", " "): value for key, value in values.items() if key != "kind" and value is not None}
-    return ", ".join([str(values["kind"]), *(f"{key} {_setting(value)}" for key, value in known.items())])
-
-
-def _setting(value: object) -> str:
-    return " and ".join(f"{one:g}" for one in value) if isinstance(value, tuple) else str(value)
+    return ", ".join([str(values["kind"]), *(f"{key} {setting_text(value)}" for key, value in known.items())])
 
 
 def _scores(result: Result, trial: Trial) -> list[str]:
@@ -240,7 +242,7 @@ def _provenance(header: RunHeader, result: Result, environment: Mapping[str, Any
     yield "fingerprint of the setting", f"{code(header.setting)} (the trial without its seeds)"
     yield "status", f"{result.status}, ended {prose(result.finished_at)}"
     for role, identity in header.identities.items():
-        if role not in ("base", "data", "heldout"):
+        if role not in ("base", "data", "heldout", *PARENT_ROLES):
             yield f"identity ({prose(role)})", code(identity)
     packages = {name: version for name, version in environment["packages"].items() if version is not None}
     told = [f"{prose(name)} {prose(str(version))}" for name, version in packages.items()]

@@ -16,7 +16,7 @@ from lora_lab.record.layer_log import read_observations
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
-from lora_lab.schema.method import PROMPT_KINDS, ROUTED_KINDS
+from lora_lab.schema.method import METHODS, PROMPT_KINDS, ROUTED_KINDS
 from lora_lab.schema.model import Model, RandomModel
 from lora_lab.schema.trial import Trial, read_trial
 from lora_lab.schema.weight_methods import Lisa
@@ -31,6 +31,7 @@ PARENT_ROLES = (START, WEIGHTS, *NORMS)
 _UNMERGEABLE = (*PROMPT_KINDS, *ROUTED_KINDS, "bottleneck")
 # What is saved is not all that was trained: PiSSA and OLoRA as a LoRA of twice the rank, AdaLoRA pruned, prompts made.
 _NOT_CONTINUED = ("pissa", "olora", "adalora", "p_tuning")
+_WHOLE_MODELS = tuple(kind for kind, method in METHODS.items() if method.saves == "model")
 # Their change of a weight is B A, which is what the layer log measures.
 _LOW_RANK_CHANGES = ("lora", "rslora", "lora_plus", "pissa", "olora")
 
@@ -82,6 +83,22 @@ def parent_record(ledger: Ledger, identities: Mapping[str, str], role: str) -> R
             return record
     rule = f"the run it is built on ({fingerprint[:16]}) is no longer a completed run of {ledger.root}"
     raise InputError(Problem("method.norm_log" if role in NORMS else START, rule))
+
+
+def weights_chain(ledger: Ledger, identities: Mapping[str, str]) -> list[RunRecord]:
+    """The runs whose weights a child of these identities lies on, the one on the lowest weights first.
+
+    The first has saved a whole model, or lies on the plain one. Raises InputError where one of them is gone.
+    """
+    chain: list[RunRecord] = []
+    while WEIGHTS in identities:
+        record = parent_record(ledger, identities, WEIGHTS)
+        assert record.header is not None
+        chain.insert(0, record)
+        if record.trial["method"]["kind"] in _WHOLE_MODELS:
+            break
+        identities = record.header.identities
+    return chain
 
 
 def weights_identity(identities: Mapping[str, str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 
 from lora_lab.plan.readable import without_seed
 from lora_lab.record.environment import without_user_info
+from lora_lab.record.parents import START
 from lora_lab.record.result import Result, Status
 from lora_lab.record.run_record import ADAPTER_FOLDER, EVAL_FOLDER, RESULT_FILE, RunHeader
 
@@ -28,7 +29,7 @@ AXES = (
     ("memory/*", "train/step", False),
     ("eval/*", "eval/step", True),
 )
-# Key of the step log -> key in W&B.
+# Key of the step log -> key in W&B. Losses beside the language model's (`load_balancing_loss`) keep their names.
 _SERIES = {
     "loss": "train/loss",
     "learning_rate": "train/lr",
@@ -37,6 +38,7 @@ _SERIES = {
     "reserved_bytes": "memory/reserved_bytes",
     "rss_bytes": "memory/rss_bytes",
 }
+_AUXILIARY = "_loss"
 _OF_TRAINING = "train/"
 _LONGEST_TAG = 64
 _SETTING_DIGITS = 8
@@ -60,7 +62,7 @@ def run_start(header: RunHeader, studies: Sequence[str]) -> dict[str, Any]:
         "name": header.name + (f"-repeat{header.repeat}" if header.repeat else ""),
         "group": f"{bare}-{header.setting[:_SETTING_DIGITS]}",
         "job_type": "baseline" if method == "base" else "train",
-        "tags": _tags([method, model, *studies, header.tag]),
+        "tags": _tags([method, model, *(["stage"] if START in header.identities else []), *studies, header.tag]),
         "config": {**trial, "lab": _identity(header, studies)},
     }
 
@@ -85,6 +87,8 @@ def step_row(values: Mapping[str, Any]) -> dict[str, float | int]:
     for name, key in _SERIES.items():
         if is_number(value := values.get(name)):
             row[key] = value
+    auxiliary = {name: value for name, value in values.items() if name.endswith(_AUXILIARY) and is_number(value)}
+    row |= {f"{_OF_TRAINING}{name}": value for name, value in auxiliary.items()}
     tokens, seconds = values.get("tokens"), values.get("seconds")
     if is_number(tokens) and is_number(seconds) and seconds > 0:
         row["train/tokens_per_second"] = tokens / seconds
@@ -144,7 +148,10 @@ def exit_code(result: Result | None) -> int:
 
 
 def artifacts_of(header: RunHeader, folder: Path) -> list[dict[str, Any]]:
-    """The adapter (type `model`), and the files of the scores (type `eval`), as far as they are there."""
+    """The adapter (type `model`), and the files of the scores (type `eval`), as far as they are there.
+
+    Weights of the model itself (`model/`, `changed/`) stay in the ledger: they may be as large as the model.
+    """
     about = {"run_id": header.run_id, "fingerprint": header.fingerprint, "name": header.name}
     found = []
     if (folder / ADAPTER_FOLDER).is_dir():

@@ -269,6 +269,19 @@ def test_what_does_not_combine_is_refused(trained: Training, overrides: tuple[st
     assert not trained.lab.root.exists()
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_rows_that_do_not_fit_behind_the_virtual_tokens_stop_the_run_before_training(lab: Lab, method: str) -> None:
+    """How long rows really are is known only once they are tokenised; data.max_length alone says nothing."""
+    shape = ("model.shape.max_positions=100", "data.max_length=100")
+    answer = lab.run(f"method={method}", "method.virtual_tokens=40", *shape)
+    assert answer.code == 3
+    result = lab.only().result
+    assert result is not None and result.status == Status.FAILED and result.reason is not None
+    assert "40 virtual tokens and a row of" in result.reason and "use data.max_length <= 60" in result.reason
+    assert not lab.only().steps_path.exists() and not lab.only().adapter_folder.exists()
+    assert lab.run(f"method={method}", "method.virtual_tokens=2", shape[0], "data.max_length=98").code == 0
+
+
 ROWS: dict[str, list[dict[str, Any]]] = {
     "instruction": [{"instruction": "add", "input": f"{n} and 1", "output": str(n + 1)} for n in range(20)],
     "completion": [{"prompt": f"{n} ->", "completion": f" {n + 1}"} for n in range(20)],

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import lora_lab  # noqa: F401  # registers the lab's own adapters with PEFT
 from lora_lab import restore
 from lora_lab.adapters.changed import load_changed
-from lora_lab.data.encode import encode_rows
+from lora_lab.data.encode import encode_rows, stop_ids
 from lora_lab.data.sources import load_rows
 from lora_lab.record.layer_log import read_observations
 from lora_lab.record.ledger import Ledger
@@ -139,6 +139,23 @@ def refused(lab: Lab, *overrides: str, monkeypatch: pytest.MonkeyPatch) -> str:
     assert "Traceback" not in answer.err
     assert [record.run_id for record in lab.runs()] == before
     return answer.err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_generate_answers_as_greedy_decoding_by_hand(parents: Lab, method: str) -> None:
+    record = of_method(parents, method)
+    answer = parents.load("generate", record.run_id, "abc", "--max-new-tokens", "6", "--json")
+    assert answer.code == 0, answer.err
+    base = folder_of_base(record)
+    model = AutoModelForCausalLM.from_pretrained(base) if method == "base" else loaded_by_hand(record)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    prompt = [{"role": "user", "content": "abc"}]
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    new: list[int] = []
+    while len(new) < 6 and (not new or new[-1] not in stop_ids(tokenizer, "auto")):
+        with torch.no_grad():
+            new.append(int(model(input_ids=torch.tensor([[*ids, *new]])).logits[0, -1].argmax()))
+    assert answer.json()["answer"] == tokenizer.decode(new, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("method", CONTINUED)

@@ -61,10 +61,14 @@ def leaf(name: str) -> dict[str, Any]:
     return loaded
 
 
+def method_of(kind: str) -> dict[str, Any]:
+    return {"kind": kind, **({} if kind in ("base", "full") else {"rank_factors": []})}
+
+
 def trial(
     model: str, *, method: str = "lora", parts: tuple[str, ...] = QV, rank: int = 8, **model_values: Any
 ) -> Trial:
-    return trial_of(model={**leaf(model), **model_values}, method={"kind": method}, parts=parts, rank=rank)
+    return trial_of(model={**leaf(model), **model_values}, method=method_of(method), parts=parts, rank=rank)
 
 
 @pytest.mark.parametrize(("name", "published"), BASE_TOTALS.items())

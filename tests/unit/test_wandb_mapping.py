@@ -96,6 +96,21 @@ def test_a_step_on_a_cpu_and_on_cuda() -> None:
     assert step_row({**STEP, **cuda}) == {**common, "memory/allocated_bytes": 5, "memory/reserved_bytes": 9}
 
 
+def test_losses_beside_the_language_models_have_series_of_their_own() -> None:
+    plain = step_row(STEP)
+    assert step_row({**STEP, "load_balancing_loss": 1.25, "orthogonality_loss": math.nan}) == {
+        **plain,
+        "train/load_balancing_loss": 1.25,
+    }
+
+
+def test_a_stage_is_tagged(tmp_path: Path) -> None:
+    record = ended(tmp_path, trial_of())
+    assert record.header is not None
+    child = record.header.model_copy(update={"identities": {"init_from": "ab" * 32}})
+    assert "stage" in run_start(child, [])["tags"] and "stage" not in run_start(record.header, [])["tags"]
+
+
 @pytest.mark.parametrize("key", NO_NUMBERS)
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
 def test_what_is_no_number_has_no_key_live_and_from_the_log(key: str, value: float | None, tmp_path: Path) -> None:
