@@ -94,6 +94,11 @@ class GaLore(torch.optim.Optimizer):
         self._decay_gradient = decay_gradient
         super().__init__(groups, {"lr": groups[0]["lr"]})
 
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer that works in the projected space."""
+        return self._inner
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""

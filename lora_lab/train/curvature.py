@@ -45,8 +45,8 @@ def curvature_of(trial: Trial) -> CurvatureSchedule | None:
     return CurvatureSchedule(optimizer.estimate_interval, trial.seeds.dropout)
 
 
-def estimate_curvature(member: Member, head: LossTokenHead, batch: Batch) -> None:
-    """A forward and a backward pass beside the step's own; gradients of the step are not touched."""
+def estimate_curvature(member: Member, head: LossTokenHead, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+    """A forward and a backward pass beside the step's own, told to `optimizer`; the step's gradients stay as they are."""
     assert member.curvature is not None
     if member.dropout_clock is not None:
         member.dropout_clock.step, member.dropout_clock.micro_batch = member.step, 0
@@ -54,7 +54,7 @@ def estimate_curvature(member: Member, head: LossTokenHead, batch: Batch) -> Non
     generator = torch.Generator(device=logits.device).manual_seed(_label_seed(member.curvature.seed, member.step))
     parameters = member.active_parameters
     estimates = gauss_newton_bartlett(logits, parameters, generator)
-    cast(Any, member.optimizer).update_hessian(dict(zip(parameters, estimates, strict=True)))
+    cast(Any, optimizer).update_hessian(dict(zip(parameters, estimates, strict=True)))
 
 
 def _label_seed(seed: int, step: int) -> int:

@@ -56,7 +56,7 @@ def take_step(member: Member, head: LossTokenHead, *, pad_id: int, device: torch
     ]
     loss_tokens = sum(int(batch.loss_mask.sum()) for batch in micro_batches)
     if member.curvature is not None and member.curvature.is_due(member.step):
-        estimate_curvature(member, head, micro_batches[0])
+        estimate_curvature(member, head, micro_batches[0], member.optimizer)
     loss, auxiliary = accumulate(member, head, micro_batches, loss_tokens=loss_tokens)
     gradient_norm = clip(member)
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):

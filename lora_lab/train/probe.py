@@ -15,6 +15,7 @@ from lora_lab.data.batches import collate
 from lora_lab.memory.live_bytes import LiveBytes, model_tensors, storage_bytes
 from lora_lab.models.loss_token_logits import loss_token_logits
 from lora_lab.optim.optimizers import state_tensors
+from lora_lab.train.curvature import estimate_curvature
 from lora_lab.train.loop import accumulate, clip
 from lora_lab.train.member import Member
 
@@ -31,7 +32,8 @@ class Probe:
 def probe_step(model: nn.Module, member: Member, *, pad_id: int, device: torch.device) -> Probe:
     """Counts a step as every one from the second on is: weights, optimizer state, gradients, activations.
 
-    With several micro-batches a step the gradients of the earlier ones are alive already; so they are here.
+    With several micro-batches a step the gradients of the earlier ones are alive already; so they are here. Of Sophia
+    it is a step with an estimate. Of GaLore it is one between two renewals: what the SVD of one matrix takes is left out.
     """
     model.train()
     parameters = member.active_parameters
@@ -45,6 +47,8 @@ def probe_step(model: nn.Module, member: Member, *, pad_id: int, device: torch.d
         batch = collate([member.examples[index] for index in member.batches.longest_micro_batch()], pad_id, device)
         baseline = [*model_tensors(model), *_gradients(member), *state_tensors(optimizer)]
         with LiveBytes(baseline) as counter, loss_token_logits(model) as head:
+            if member.curvature is not None:
+                estimate_curvature(member, head, batch, optimizer)
             accumulate(member, head, [batch], loss_tokens=int(batch.loss_mask.sum()))
             clip(member)
             gradient_bytes = storage_bytes(_gradients(member))
