@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lora_lab.optim.groups import RateGroup
@@ -68,12 +68,19 @@ OPTIMIZERS: dict[str, Callable[[Any, Parameters, float], torch.optim.Optimizer]]
 }
 
 
-def build_optimizer(settings: Optimizer, groups: Iterable[RateGroup], *, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimizer of a trial, with a parameter group per learning rate."""
+def build_optimizer(
+    settings: Optimizer, parameters: Iterable[nn.Parameter] | Iterable[RateGroup], *, learning_rate: float
+) -> torch.optim.Optimizer:
+    """The optimizer of a trial over its trainable parameters: in one group, or in groups of a learning rate each."""
+    given = list(parameters)
+    groups = [one for one in given if isinstance(one, RateGroup)]
+    plain = [one for one in given if isinstance(one, nn.Parameter)]
+    if plain:
+        groups.append(RateGroup(1.0, plain))
     # bitsandbytes warns once per tensor that paging needs CUDA; `optimizer_facts` records it instead.
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-    parameters = [{"params": group.parameters, "lr": learning_rate * group.factor} for group in groups]
-    return OPTIMIZERS[settings.kind](settings, parameters, learning_rate)
+    rates = [{"params": group.parameters, "lr": learning_rate * group.factor} for group in groups]
+    return OPTIMIZERS[settings.kind](settings, rates, learning_rate)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, multiplier: Callable[[int], float]) -> LambdaLR:

@@ -46,7 +46,7 @@ def curvature_of(trial: Trial) -> CurvatureSchedule | None:
 
 
 def estimate_curvature(member: Member, head: LossTokenHead, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
-    """A forward and a backward pass beside the step's own, told to `optimizer`; the step's gradients stay as they are."""
+    """A forward and a backward pass beside the step's own, told to `optimizer`; the step's gradients stay."""
     assert member.curvature is not None
     if member.dropout_clock is not None:
         member.dropout_clock.step, member.dropout_clock.micro_batch = member.step, 0

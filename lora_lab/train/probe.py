@@ -33,7 +33,7 @@ def probe_step(model: nn.Module, member: Member, *, pad_id: int, device: torch.d
     """Counts a step as every one from the second on is: weights, optimizer state, gradients, activations.
 
     With several micro-batches a step the gradients of the earlier ones are alive already; so they are here. Of Sophia
-    it is a step with an estimate. Of GaLore it is one between two renewals: what the SVD of one matrix takes is left out.
+    it is a step with an estimate. Of GaLore it is one between two renewals: what the SVD of a matrix takes is left out.
     """
     model.train()
     parameters = member.active_parameters
