@@ -3,13 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: sweep test setup lint unit help bench wheel-test clean
+.PHONY: sweep methods methods-debug test setup lint unit help bench wheel-test clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 sweep: $(SETUP) ## set up, run the first-look study, print its table
 	$(BIN)/lora-lab run -m study=first_look
+
+methods: $(SETUP) ## every method on the embedded model, three rates and three seeds each: hours, and goes on where it stopped
+	$(BIN)/lora-lab run -m study=methods
+
+methods-debug: $(SETUP) ## every method for six steps on a random model
+	$(BIN)/lora-lab run -m study=methods_debug
 
 test: $(SETUP) lint unit ## set up, then every check and test
 
