@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -57,7 +56,8 @@ def take_step(member: Member, head: LossTokenHead, *, pad_id: int, device: torch
     loss_tokens = sum(int(batch.loss_mask.sum()) for batch in micro_batches)
     if member.curvature is not None and member.curvature.is_due(member.step):
         estimate_curvature(member, head, micro_batches[0], member.optimizer)
-    loss, auxiliary = accumulate(member, head, micro_batches, loss_tokens=loss_tokens)
+    auxiliary: dict[str, float] = {}
+    loss = accumulate(member, head, micro_batches, loss_tokens=loss_tokens, auxiliary=auxiliary)
     gradient_norm = clip(member)
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         member.optimizer.zero_grad(set_to_none=True)
@@ -85,14 +85,19 @@ def take_step(member: Member, head: LossTokenHead, *, pad_id: int, device: torch
 
 
 def accumulate(
-    member: Member, head: LossTokenHead, micro_batches: Sequence[Batch], *, loss_tokens: int
-) -> tuple[float, dict[str, float]]:
+    member: Member,
+    head: LossTokenHead,
+    micro_batches: Sequence[Batch],
+    *,
+    loss_tokens: int,
+    auxiliary: dict[str, float] | None = None,
+) -> float:
     """Forward and backward over the micro-batches of a step; gradients add up.
 
-    Returns the step's mean token loss of the language model, and the method's auxiliary losses by name: trained on with
-    their weights, never in the reported loss.
+    Returns the step's mean token loss of the language model. The method's auxiliary losses, which are trained on with
+    their weights and are never in that number, are added up by name in `auxiliary`, where it is given.
     """
-    total, auxiliary = 0.0, defaultdict[str, float](float)
+    total = 0.0
     for index, batch in enumerate(micro_batches):
         if member.dropout_clock is not None:
             member.dropout_clock.step, member.dropout_clock.micro_batch = member.step, index
@@ -103,9 +108,10 @@ def accumulate(
         share = batch.loss_tokens / loss_tokens
         for one in [] if member.auxiliary is None else member.auxiliary.close():
             loss = loss + one.weight * share * one.value
-            auxiliary[one.name] += share * one.value.item()
+            if auxiliary is not None:
+                auxiliary[one.name] = auxiliary.get(one.name, 0.0) + share * one.value.item()
         loss.backward()  # type: ignore[no-untyped-call]
-    return total, dict(auxiliary)
+    return total
 
 
 def token_loss_sum(head: LossTokenHead, batch: Batch) -> Tensor:
