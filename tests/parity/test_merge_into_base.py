@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_lab.adapters.attach import attach
+from lora_lab.adapters.decomposed import start_name
 from lora_lab.adapters.merge import combine, merge_into_base
 from lora_lab.adapters.mergeable import merge_problem, type_problem
 from lora_lab.adapters.save import load_adapter, save_adapter, save_model
@@ -175,7 +176,7 @@ def test_an_adapter_in_two_parts_is_merged_whole(make_trial: MakeTrial, cache: P
     merged = merge_into_base(model, IDS)
     plain = load(make_trial("target=all_linear", "training.precision=fp64"), cache)
     with torch.no_grad():
-        for name, update in updates(model, ("default", "start")).items():
+        for name, update in updates(model, ("default", start_name("default"))).items():
             plain.get_submodule(name).weight += update
     assert difference(merged.model, plain) < 1e-10
     assert merged.largest_logit_difference < 1e-10

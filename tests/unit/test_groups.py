@@ -43,7 +43,7 @@ def rates_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 @settings(max_examples=60, deadline=None)
 def test_rates_are_spread_over_any_depth(make_trial: MakeTrial, depth: int, values: list[float]) -> None:
     """Layer l of L has entry floor(l n / L); what lies in no layer has 1; one group per factor, in order."""
-    trial = make_trial(f"training.layer_rates={values}")
+    trial = make_trial("model.shape.num_layers=64", f"training.layer_rates={values}")
     names = ["model.embed_tokens.weight", *(f"model.layers.{n}.mlp.up_proj.lora_A.x.weight" for n in range(depth))]
     named = [(name, nn.Parameter(torch.zeros(1))) for name in [*names, "lm_head.weight"]]
     if len(values) > depth:
@@ -106,7 +106,8 @@ def test_only_lora_plus_tells_b_from_a(make_trial: MakeTrial) -> None:
 
 
 def test_factors_of_layer_and_matrix_multiply(make_trial: MakeTrial) -> None:
-    trial = make_trial("method=lora_plus", "method.ratio=4", "training.layer_rates=[0.5,1,2,8]", "learning_rate=0.01")
+    layers = "training.layer_rates=[0.5,1,2,8]"
+    trial = make_trial("model.shape.num_layers=4", "method=lora_plus", "method.ratio=4", layers, "learning_rate=0.01")
     attached = attached_to(trial)
     rates = rates_by_name(optimizer_of(trial, attached, attached.trained), attached.model)
     for name, rate in rates.items():
