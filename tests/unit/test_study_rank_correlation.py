@@ -29,7 +29,7 @@ def test_three_in_order_are_not_significant() -> None:
 
 @pytest.mark.parametrize("n", [5, 7, 8])
 def test_few_values_against_scipys_exact_permutation_test(n: int) -> None:
-    for seed in range(3):
+    for seed in range(3 if n < 8 else 1):  # 40,320 orders take scipy five seconds
         draw = random.Random(seed)
         y = [float(draw.randint(0, 4)) for _ in range(n)]  # with ties
         found = rank_correlation(range(n), y)
