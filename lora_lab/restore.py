@@ -15,10 +15,9 @@ import torch
 from lora_lab.adapters.changed import load_changed
 from lora_lab.adapters.lisa import importance_probabilities
 from lora_lab.adapters.merge import melt_into_base
-from lora_lab.adapters.norms import observed_updates
 from lora_lab.adapters.save import load_adapter, load_adapter_weights
 from lora_lab.models.load import LoadedBase, load_base
-from lora_lab.record.layer_log import read_observations
+from lora_lab.record.layer_log import observed_updates, read_observations
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.parents import NORMS, START, WEIGHTS, parent_record, weights_identity
 from lora_lab.record.run_record import RunRecord

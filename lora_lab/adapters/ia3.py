@@ -9,7 +9,6 @@ value are one fused layer (GPT-2's c_attn), PEFT scales all of it, queries too: 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,11 +17,7 @@ from peft.tuners.ia3 import IA3Model
 from torch import nn
 
 from lora_lab.errors import InputError, Problem, nearest
-
-# family -> the end of the dotted name of the layer that leaves the MLP
-_LAST_OF_MLP = MappingProxyType(
-    {"llama": "mlp.down_proj", "mistral": "mlp.down_proj", "qwen2": "mlp.down_proj", "gpt2": "mlp.c_proj"}
-)
+from lora_lab.plan.targets import LAST_OF_MLP
 
 
 def ia3_sites(model: Any, names: Sequence[str]) -> list[str]:
@@ -34,10 +29,10 @@ def ia3_sites(model: Any, names: Sequence[str]) -> list[str]:
         InputError: it is not known what the family of `model` calls that layer.
     """
     family = model.config.model_type
-    if family not in _LAST_OF_MLP:
+    if family not in LAST_OF_MLP:
         rule = f'the last layer of the MLP is not known for the family "{family}"'
-        raise InputError(Problem("model", rule + nearest(family, list(_LAST_OF_MLP))))
-    return [name for name in names if f".{name}".endswith(f".{_LAST_OF_MLP[family]}")]
+        raise InputError(Problem("model", rule + nearest(family, list(LAST_OF_MLP))))
+    return [name for name in names if f".{name}".endswith(f".{LAST_OF_MLP[family]}")]
 
 
 def ia3_config(

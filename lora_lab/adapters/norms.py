@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +149,3 @@ def _place(name: str) -> str:
 def _square(tensor: Tensor) -> float:
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return float(torch.linalg.vector_norm(tensor, dtype=wide)) ** 2
-
-
-def observed_updates(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
-    """The updates of a run's observations of kind `norms`, those that have one."""
-    return [line["update"] for line in lines if line.get("update")]

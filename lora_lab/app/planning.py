@@ -61,12 +61,11 @@ def make_plan(request: Request) -> Plan:
         raise InputError("no points to run")
     found.add(_lab_problems(labs))
     ledger = LedgerAsRead(Path(labs[0].root))
-    for trial in trials:
-        found.attempt(functools.partial(_parents, trial, ledger, facts))
+    parents = [found.attempt(functools.partial(_parents, trial, ledger, facts)) or {} for trial in trials]
     found.raise_if_any()
     jobs = [
-        _job(trial, facts, lab, ledger, overrides=point.overrides)
-        for lab, trial, point in zip(labs, trials, request.points, strict=True)
+        _job(trial, facts, lab, built_on, overrides=point.overrides)
+        for lab, trial, built_on, point in zip(labs, trials, parents, request.points, strict=True)
     ]
     if request.study is not None and request.study.baseline:
         jobs = _baselines(jobs) + jobs
@@ -97,9 +96,9 @@ def _parents(trial: Trial, ledger: Ledger, facts: Facts) -> dict[str, str]:
     return {} if base is None else parent_identities(trial, ledger, base=base["base"])
 
 
-def _job(trial: Trial, facts: Facts, lab: Lab, ledger: Ledger, *, overrides: tuple[str, ...]) -> Job:
+def _job(trial: Trial, facts: Facts, lab: Lab, parents: dict[str, str], *, overrides: tuple[str, ...]) -> Job:
     identities, train_rows = facts.identities(trial)
-    identities |= _parents(trial, ledger, facts)
+    identities |= parents
     return job_of(trial, identities, train_rows=train_rows, repeat=lab.repeat, tag=lab.tag, overrides=overrides)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from lora_lab.errors import InputError, Problem
 from lora_lab.plan.layer_groups import layer_of, per_layer
 from lora_lab.plan.shapes import Module
-from lora_lab.plan.targets import activation_suffixes, name_matches, selected_modules
+from lora_lab.plan.targets import LAST_OF_MLP, name_matches, selected_modules
 from lora_lab.schema.model import Shape
 from lora_lab.schema.trial import Trial
 
@@ -133,9 +133,9 @@ def _adalora(trial: Trial, shape: Shape) -> Added:
 
 def _vector_sizes(trial: Trial, shape: Shape) -> list[int]:
     """What is scaled at each site: the activation that enters the MLP's last layer, else a layer's output."""
-    ends = activation_suffixes(shape.family)
+    last = LAST_OF_MLP[shape.family]
     return [
-        module.in_features if any(name_matches(module.name, end) for end in ends) else module.out_features
+        module.in_features if name_matches(module.name, last) else module.out_features
         for _, module in _inner_modules(trial)
     ]
 
@@ -154,8 +154,8 @@ def _mov(trial: Trial, shape: Shape) -> Added:
 
 def _site_width(module: Module, shape: Shape) -> int:
     """The width of the state that enters a site's sub-layer: of the MLP the hidden size, not that of its last layer."""
-    ends = activation_suffixes(shape.family)
-    return shape.hidden_size if any(name_matches(module.name, end) for end in ends) else module.in_features
+    last = LAST_OF_MLP[shape.family]
+    return shape.hidden_size if name_matches(module.name, last) else module.in_features
 
 
 def _experts(trial: Trial, shape: Shape, counts: Sequence[int]) -> Added:

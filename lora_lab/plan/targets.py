@@ -40,8 +40,10 @@ _GPT2_SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _SUFFIXES = MappingProxyType(
     {"llama": _LLAMA_SUFFIXES, "mistral": _LLAMA_SUFFIXES, "qwen2": _LLAMA_SUFFIXES, "gpt2": _GPT2_SUFFIXES}
 )
-# What `mlp` means to methods that scale activations: the layer whose input is the MLP's activation.
-_ACTIVATION = MappingProxyType({"llama": ("down_proj",), "gpt2": ("mlp.c_proj",)})
+# family -> the end of the dotted name of the layer that leaves the MLP, whose input is the MLP's activation.
+LAST_OF_MLP = MappingProxyType(
+    {"llama": "mlp.down_proj", "mistral": "mlp.down_proj", "qwen2": "mlp.down_proj", "gpt2": "mlp.c_proj"}
+)
 _NAME = re.compile(r"[A-Za-z0-9_.*]+")
 
 
@@ -57,15 +59,8 @@ def part_suffixes(family: str, *, kind: str = "lora") -> Mapping[str, tuple[str,
         raise InputError(Problem("model", f'unknown family "{family}"' + nearest(family, list(_SUFFIXES))))
     suffixes = _SUFFIXES[family]
     if kind in VECTOR_KINDS:
-        return MappingProxyType({**suffixes, "mlp": activation_suffixes(family)})
+        return MappingProxyType({**suffixes, "mlp": (LAST_OF_MLP[family],)})
     return suffixes
-
-
-def activation_suffixes(family: str) -> tuple[str, ...]:
-    """Ends of the names of the layers that take the MLP's activation; raises as `part_suffixes`."""
-    if family not in _SUFFIXES:
-        raise InputError(Problem("model", f'unknown family "{family}"' + nearest(family, list(_SUFFIXES))))
-    return _ACTIVATION["gpt2" if family == "gpt2" else "llama"]
 
 
 def name_matches(module_name: str, name: str) -> bool:

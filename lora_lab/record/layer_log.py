@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ def read_observations(path: Path, kind: str) -> list[dict[str, Any]]:
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     lines = [json.loads(line) for line in whole]
     return [line for line in lines if line["kind"] == kind]
+
+
+def observed_updates(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
+    """The updates of a run's observations of kind `norms`, those that have one."""
+    return [line["update"] for line in lines if line.get("update")]
 
 
 def _finite(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_lab.errors import InputError, Problem
 from lora_lab.plan.shapes import is_tied
-from lora_lab.record.layer_log import read_observations
+from lora_lab.record.layer_log import observed_updates, read_observations
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
@@ -240,7 +240,7 @@ def _norm_problems(trial: Trial, role: str, parent: Trial, record: RunRecord) ->
         return [f"is of method={kind}; the first of norm_log must be a run of method=full"]
     if role == NORMS[1] and kind not in _LOW_RANK_CHANGES:
         return [f"is of method={kind}; the second of norm_log must be a LoRA ({', '.join(_LOW_RANK_CHANGES)})"]
-    updates = [line["update"] for line in read_observations(record.layers_path, "norms") if line.get("update")]
+    updates = observed_updates(read_observations(record.layers_path, "norms"))
     if not updates:
         return ["has no log of how far its layers moved (a run that starts from another's weights keeps none)"]
     layers = range(0 if trial.model.shape is None else trial.model.shape.num_layers)

@@ -18,9 +18,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lora_lab.adapters.attach import attach
-from lora_lab.adapters.norms import OriginalWeights, layer_norms, observed_updates
+from lora_lab.adapters.norms import OriginalWeights, layer_norms
 from lora_lab.models.load import load_base
 from lora_lab.models.random import random_network
+from lora_lab.record.layer_log import observed_updates
 from lora_lab.schema.trial import Trial
 from tests.conftest import MakeTrial
 from tests.unit.test_models_random import tiny_shape
