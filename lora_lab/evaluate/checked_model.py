@@ -24,18 +24,33 @@ class CheckedModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 
     truncated_requests: how many were longer than the model's context and lost their beginning.
 
-    The tokenizer is copied, because HFLM gives a tokenizer without a pad token one. Virtual tokens are no part of what
-    is scored, but take their share of the context.
+    A tokenizer object is copied, because HFLM gives a tokenizer without a pad token one. Virtual tokens are no part of
+    what is scored, but take their share of the context.
+
+    Args:
+        pretrained: a model object with its adapter, or what HFLM loads: a folder or the name of a hub repository.
+        tokenizer: as HFLM takes it; an object where the model is one.
+        settings: HFLM's own.
 
     Raises:
         InputError: virtual tokens leave no room for a row.
         EvaluationError: a log-likelihood is NaN or infinite, or a logit is while generating; names task and document.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> None:
-        check_room(model, virtual_tokens(model), 1)
+    def __init__(
+        self,
+        pretrained: nn.Module | str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        **settings: Any,
+    ) -> None:
         self.truncated_requests = 0
-        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+        if not isinstance(tokenizer, str):
+            tokenizer = copy.deepcopy(tokenizer)
+        if not isinstance(pretrained, str):
+            settings = {"backend": "causal", **settings}
+        super().__init__(pretrained=pretrained, tokenizer=tokenizer, **settings)
+        check_room(self.model, virtual_tokens(self.model), 1)
 
     @property
     def max_length(self) -> int:

@@ -65,7 +65,7 @@ def evaluate_model(
         one_environment_report(),
         data_cache(cache, offline=not (tasks.needs_defaults or evaluation.include_path)),
     ):
-        lm = CheckedModel(model, tokenizer, batch_size=evaluation.batch_size)
+        lm = CheckedModel(model, tokenizer=tokenizer, batch_size=evaluation.batch_size)
         results = _simple_evaluate(lm, tasks, evaluation, log=log)
     _write_files(results, output)
     metrics, missing = read_metrics(results, chance=tasks.chance)

@@ -38,7 +38,7 @@ def prompted(kind: str, family: str) -> Any:
 
 
 def checked(model: Any, *, batch_size: int = 3) -> CheckedModel:
-    return CheckedModel(model, byte_tokenizer(64), batch_size=batch_size)
+    return CheckedModel(model, tokenizer=byte_tokenizer(64), batch_size=batch_size)
 
 
 def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
