@@ -1,0 +1,168 @@
+"""Log-likelihoods of requests from the passes of a token tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lora_lab.evaluate.tree.forward import tree_forward
+from lora_lab.evaluate.tree.passes import Budget, Costs, Pass, plan_passes
+from lora_lab.evaluate.tree.token_tree import Nodes, ScoredRow, TokenTree, token_tree
+
+# Logits that are normalised at once: few enough to stay near the processor for a vocabulary of 50,000.
+_SLICE = 64
+
+Answer = tuple[float, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class TreeCounts:
+    """requests, distinct: asked, and different in input or targets. flat_tokens: inputs of all requests; nodes: of the
+    tree; computed_tokens: read by the model, with repeated prefixes, without padding; padded_tokens: with it."""
+
+    requests: int
+    distinct: int
+    flat_tokens: int
+    nodes: int
+    passes: int
+    computed_tokens: int
+    padded_tokens: int
+    longest: int
+    is_flat: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TreePlan:
+    """The tree of a set of requests and how it is computed; made without a model."""
+
+    rows: tuple[ScoredRow, ...]
+    tree: TokenTree
+    passes: tuple[Pass, ...]
+
+    @property
+    def counts(self) -> TreeCounts:
+        """What the plan costs beside what lm-eval's pairs would."""
+        return TreeCounts(
+            requests=len(self.rows),
+            distinct=len(set(self.rows)),
+            flat_tokens=sum(len(row.tokens) for row in self.rows),
+            nodes=self.tree.size,
+            passes=len(self.passes),
+            computed_tokens=sum(one.tokens for one in self.passes),
+            padded_tokens=sum(len(one.rows) * max(map(len, one.rows)) for one in self.passes),
+            longest=self.tree.depth,
+            is_flat=all(one.causal and not one.keep for one in self.passes),
+        )
+
+
+def plan_rows(rows: Sequence[ScoredRow], budget: Budget, costs: Costs) -> TreePlan:
+    """The plan of these requests; the same requests in another order have the same passes."""
+    tree = token_tree(rows)
+    return TreePlan(tuple(rows), tree, tuple(plan_passes(tree, budget, costs)))
+
+
+def score_plan(
+    model: nn.Module,
+    plan: TreePlan,
+    *,
+    softmax_dtype: torch.dtype | None = None,
+    autocast: AbstractContextManager[object] | None = None,
+    done: Callable[[int], None] = lambda _tokens: None,
+) -> list[Answer]:
+    """[(log-likelihood in nats, whether each target is the argmax)] in the order of the plan's rows.
+
+    Log-probabilities are normalised and summed in the dtype of the logits, or in `softmax_dtype`, as lm-eval does it.
+
+    Args:
+        model: in evaluation mode; a causal LM of transformers, or a PeftModel around one.
+        softmax_dtype: HFLM's setting.
+        autocast: a context that every forward pass is to run in.
+        done: told after each pass how many tokens it has read.
+    """
+    if not plan.rows:
+        return []
+    asked = _Asked.of(plan)
+    values: list[Tensor] = []
+    order: list[Nodes] = []
+    greedy = np.full(plan.tree.size, -1, dtype=np.int64)
+    open_nodes = np.zeros(plan.tree.size, dtype=bool)
+    open_nodes[asked.nodes] = True
+    with tree_forward(model, plan.tree) as forward:
+        for one in plan.passes:
+            found = np.unique(np.concatenate(one.rows))
+            wanted = found[open_nodes[found]]
+            open_nodes[wanted] = False
+            if not len(wanted) and not one.keep:
+                continue
+            if autocast is None:
+                logits = forward(one, wanted)
+            else:
+                with autocast:
+                    logits = forward(one, wanted)
+            pairs = asked.pairs_of(wanted)
+            scores, best = _normalised(logits, wanted, asked, pairs, softmax_dtype)
+            values.append(scores)
+            order.append(pairs)
+            greedy[wanted] = best
+            done(one.tokens)
+    return _answers(plan, asked, torch.cat(values), np.concatenate(order), greedy)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The distinct (node, target) pairs, sorted by node, and per row the pairs of its targets."""
+
+    nodes: Nodes
+    targets: Nodes
+    of_row: tuple[Nodes, ...]
+
+    @classmethod
+    def of(cls, plan: TreePlan) -> _Asked:
+        lengths = [len(row.targets) for row in plan.rows]
+        nodes = np.concatenate(
+            [plan.tree.paths[path][-count:] for path, count in zip(plan.tree.path_of, lengths, strict=True)]
+        )
+        targets = np.concatenate([np.array(row.targets, dtype=np.int64) for row in plan.rows])
+        pairs, index = np.unique(np.stack((nodes, targets)), axis=1, return_inverse=True)
+        return cls(pairs[0], pairs[1], tuple(np.split(index.reshape(-1), np.cumsum(lengths)[:-1])))
+
+    def pairs_of(self, wanted: Nodes) -> Nodes:
+        """Indices of all pairs of these nodes, in the order of the nodes."""
+        starts, ends = (np.searchsorted(self.nodes, wanted, side=side) for side in ("left", "right"))
+        counts = ends - starts
+        offsets = np.repeat(starts - np.concatenate(([0], np.cumsum(counts)[:-1])), counts)
+        return np.arange(counts.sum()) + offsets if len(wanted) else np.empty(0, dtype=np.int64)
+
+
+def _normalised(
+    logits: Tensor, wanted: Nodes, asked: _Asked, pairs: Nodes, softmax_dtype: torch.dtype | None
+) -> tuple[Tensor, Nodes]:
+    """Log-probability of each pair, on the CPU, and the argmax of each node."""
+    row_of = torch.from_numpy(np.searchsorted(wanted, asked.nodes[pairs])).to(logits.device)
+    target = torch.from_numpy(asked.targets[pairs]).to(logits.device)
+    scores, best = [], []
+    for start in range(0, len(wanted), _SLICE):
+        part = logits[start : start + _SLICE]
+        normal = torch.log_softmax(part, dim=-1, dtype=softmax_dtype)
+        inside = (row_of >= start) & (row_of < start + _SLICE)
+        scores.append(normal[row_of[inside] - start, target[inside]])
+        best.append(normal.argmax(dim=-1))
+    if not scores:
+        return logits.new_empty(0, dtype=softmax_dtype).cpu(), np.empty(0, dtype=np.int64)
+    return torch.cat(scores).cpu(), torch.cat(best).cpu().numpy()
+
+
+def _answers(plan: TreePlan, asked: _Asked, values: Tensor, order: Nodes, greedy: Nodes) -> list[Answer]:
+    by_pair = torch.empty_like(values)
+    by_pair[torch.from_numpy(order)] = values
+    right = greedy[asked.nodes] == asked.targets
+    answers = {}
+    for row, pairs in zip(plan.rows, asked.of_row, strict=True):
+        if row not in answers:
+            answers[row] = (float(by_pair[torch.from_numpy(pairs)].sum()), bool(right[pairs].all()))
+    return [answers[row] for row in plan.rows]
