@@ -60,13 +60,13 @@ class CheckedModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """[(log-likelihood in nats, whether greedy decoding gives the continuation)], one per request."""
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        _check(requests, [value for value, _ in answers])
+        check_finite(requests, [value for value, _ in answers])
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood in nats of each whole text."""
         values: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
-        _check(requests, values)
+        check_finite(requests, values)
         return values
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
@@ -82,9 +82,12 @@ class CheckedModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        self._count_truncated(requests)
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)  # type: ignore[no-any-return]
+
+    def _count_truncated(self, requests: Sequence[Any]) -> None:
         limit = self.max_length + 1
         self.truncated_requests += sum(len(context) + len(target) > limit for _, context, target in requests)
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)  # type: ignore[no-any-return]
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits of the row's own tokens, [rows, length, vocabulary]."""
@@ -140,7 +143,8 @@ class CheckedModel(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
 
 
-def _check(requests: Sequence[Any], values: Sequence[float]) -> None:
+def check_finite(requests: Sequence[Any], values: Sequence[float]) -> None:
+    """Raises EvaluationError with the task and document of lm-eval's `requests` whose value is NaN or infinite."""
     problems: dict[tuple[str, int], Problem] = {}
     for request, value in zip(requests, values, strict=True):
         key = (str(request.task_name), int(request.doc_id))

@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_lab.errors import EvaluationError, LabError, MachineError, Problem
-from lora_lab.evaluate.checked_model import CheckedModel
+from lora_lab.evaluate.guard_note import GuardNote
 from lora_lab.evaluate.heldout import scoring_mode
+from lora_lab.evaluate.lab_model import LabModel
 from lora_lab.evaluate.readings import read_metrics, task_hashes
 from lora_lab.evaluate.surroundings import console_to, data_cache, kept_random_state, one_environment_report
 from lora_lab.evaluate.tasks import PreparedTasks, prepare_tasks
@@ -40,9 +41,17 @@ class Scores:
 
 
 def evaluate_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation, *, cache: Path, output: Path
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: Evaluation,
+    *,
+    cache: Path,
+    output: Path,
+    guard_note: GuardNote | None = None,
 ) -> Scores:
     """Scores `model`, where it is, on the tasks of `evaluation`; held-out rows are not among them (`score_heldout`).
+
+    guard_note: where it is kept that the tree agrees with lm-eval's engine on this base and kind of adapter.
 
     `output` (made if need be) gets lm-eval's returned mapping as `results.json`, its samples as `samples_TASK.jsonl`,
     and what it printed as `lm_eval.log`. lm-eval's own caches are never used: their keys lack limit and data revision.
@@ -65,14 +74,22 @@ def evaluate_model(
         one_environment_report(),
         data_cache(cache, offline=not (tasks.needs_defaults or evaluation.include_path)),
     ):
-        lm = CheckedModel(model, tokenizer=tokenizer, batch_size=evaluation.batch_size)
+        lm = LabModel(
+            model,
+            tokenizer=tokenizer,
+            batch_size=evaluation.batch_size,
+            engine=evaluation.engine,
+            chunk_tokens=evaluation.chunk_tokens,
+            guard_note=guard_note,
+            shows_progress=False,
+        )
         results = _simple_evaluate(lm, tasks, evaluation, log=log)
     _write_files(results, output)
     metrics, missing = read_metrics(results, chance=tasks.chance)
     return Scores(metrics, missing, _facts(results, evaluation, lm), time.perf_counter() - begin)
 
 
-def _simple_evaluate(lm: CheckedModel, tasks: PreparedTasks, evaluation: Evaluation, *, log: Path) -> dict[str, Any]:
+def _simple_evaluate(lm: LabModel, tasks: PreparedTasks, evaluation: Evaluation, *, log: Path) -> dict[str, Any]:
     """lm-eval's returned mapping; its errors become ours, naming the log that holds the rest."""
     try:
         manager = TaskManager(
@@ -110,7 +127,7 @@ def _write_files(results: Mapping[str, Any], output: Path) -> None:
         (output / f"samples_{task}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _facts(results: Mapping[str, Any], evaluation: Evaluation, lm: CheckedModel) -> dict[str, Any]:
+def _facts(results: Mapping[str, Any], evaluation: Evaluation, lm: LabModel) -> dict[str, Any]:
     return {
         "lm_eval_version": results["lm_eval_version"],
         "task_versions": dict(results["versions"]),
@@ -120,6 +137,8 @@ def _facts(results: Mapping[str, Any], evaluation: Evaluation, lm: CheckedModel)
         "batch_size": evaluation.batch_size,
         "apply_chat_template": evaluation.apply_chat_template,
         "truncated_requests": lm.truncated_requests,
+        "engine": lm.engine_facts,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
         "seeds": SEEDS,
     }
 

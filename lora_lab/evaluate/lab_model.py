@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_lab.evaluate.checked_model import CheckedModel
+from lora_lab.adapters.prompts import virtual_tokens
+from lora_lab.evaluate.checked_model import CheckedModel, check_finite
+from lora_lab.evaluate.guard import Guarded, Verdict, check_against_stock, read_verdict, write_verdict
+from lora_lab.evaluate.guard_note import GuardNote
+from lora_lab.evaluate.tree.scores import Answer, TreePlan, plan_rows, score_plan
+from lora_lab.evaluate.tree.sizes import budget_of, costs_of
+from lora_lab.evaluate.tree.support import why_not_tree
+from lora_lab.evaluate.tree.token_tree import ScoredRow
 
 Engine = Literal["tree", "stock"]
+# lm-eval's tokenised pair: (texts or None, context, continuation).
+Pair = tuple[tuple[str, str] | None, list[int], list[int]]
+
+# Where lm-eval chooses the batch size itself, the guard's comparison uses this one.
+_BATCH_SIZE = 8
 
 
 class LabModel(CheckedModel):
-    """HFLM whose log-likelihoods come from a prefix tree; takes HFLM's own settings.
+    """HFLM whose log-likelihoods come from a prefix tree; it takes HFLM's own settings besides these.
 
-    engine: `tree`, or `stock` for lm-eval's own batches. chunk_tokens: tokens of one forward pass; None chooses.
+    Tokens, truncation and arithmetic are lm-eval's. Where the tree is not valid for the model, lm-eval's own batches
+    run instead, and `engine_facts` says why. The same requests in another order give the same bits; other requests
+    beside them, or other `chunk_tokens`, move a score within rounding.
+
+    Args:
+        engine: `tree`, or `stock` for lm-eval's own batches.
+        chunk_tokens: tokens of one forward pass; None chooses (`budget_of`).
+        guard: whether drawn requests are scored by lm-eval's engine too, once per model object and kind of request, or
+            once per `guard_note`.
+        shows_progress: bars like lm-eval's own.
+
+    engine_facts: one entry per call: kind of request, engine, why it is not the tree, sizes, counts, guard's verdict.
+
+    Raises:
+        EvaluationError: see `check_against_stock` and CheckedModel.
+        ValueError: an unknown engine, or chunk_tokens below 1.
     """
 
     def __init__(
@@ -25,8 +60,147 @@ class LabModel(CheckedModel):
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         engine: Engine = "tree",
         chunk_tokens: int | None = None,
+        guard: bool = True,
+        guard_note: GuardNote | None = None,
+        shows_progress: bool = True,
         **settings: Any,
     ) -> None:
+        if engine not in ("tree", "stock"):
+            raise ValueError(f'engine: expected tree or stock, got "{engine}"')
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens: must be >= 1, got {chunk_tokens}")
         super().__init__(pretrained, tokenizer=tokenizer, **settings)
-        self.engine = engine
-        self.chunk_tokens = chunk_tokens
+        self.engine, self.chunk_tokens = engine, chunk_tokens
+        self.engine_facts: list[dict[str, Any]] = []
+        self._guard, self._guard_note, self._shows_progress = guard, guard_note, shows_progress
+        self._verdicts: dict[str, Verdict] = {}
+        self._facts: dict[str, Any] = {}  # of the call that goes on
+        self._scored: tuple[Sequence[Pair], TreePlan] | None = None
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """[(log-likelihood in nats, whether greedy decoding gives the continuation)], one per request."""
+        with self._call("loglikelihood"):
+            answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            self._check_guarded(requests, [value for value, _ in answers])
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood in nats of each whole text, from lm-eval's disjoint windows, all in one call."""
+        with self._call("loglikelihood_rolling"):
+            windows = [self._windows(request.args[0]) for request in requests]
+            pairs = [window for own in windows for window in own]
+            if self.world_size > 1 or self._engine(pairs) == "stock":
+                return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+            scores = iter(self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm))
+            values = [[next(scores)[0] for _ in own] for own in windows]
+            totals = [sum(own) for own in values]
+            check_finite(requests, totals)
+            owners = [request for request, own in zip(requests, windows, strict=True) for _ in own]
+            self._check_guarded(owners, [value for own in values for value in own])
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Pair], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Answer]:
+        if not self._facts:
+            with self._call("tokens"):
+                return self._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        if self._engine(requests) == "stock":
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        self._count_truncated(requests)
+        rows = [
+            ScoredRow.of(context, continuation, max_length=self.max_length) for _, context, continuation in requests
+        ]
+        budget = budget_of(self.model, self.chunk_tokens)
+        plan = plan_rows(rows, budget, costs_of(self.model))
+        self._facts |= asdict(budget) | asdict(plan.counts)
+        with self._progress(plan.counts.computed_tokens) as done:
+            answers = score_plan(
+                self.model, plan, softmax_dtype=self.softmax_dtype, autocast=self._autocast(), done=done
+            )
+        self._scored = (requests, plan)
+        return answers
+
+    @contextlib.contextmanager
+    def _progress(self, tokens: int) -> Iterator[Callable[[int], None]]:
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not (self._shows_progress and console.is_terminal)) as bar:
+            task = bar.add_task("scoring (tokens)", total=tokens)
+            yield lambda read: bar.advance(task, read)
+
+    def _engine(self, requests: Sequence[Pair]) -> str:
+        """The engine of the current call, decided at its first tokens and noted."""
+        if "engine" not in self._facts:
+            longest = max((len(context) + len(target) - 1 for _, context, target in requests), default=0)
+            depth = min(longest, self.max_length) + virtual_tokens(self.model)
+            why = None if self.engine == "stock" else self._why_stock(depth)
+            self._facts["engine"] = "stock" if self.engine == "stock" or why is not None else "tree"
+            if why is not None:
+                self._facts["why_stock"] = why
+        return str(self._facts["engine"])
+
+    def _why_stock(self, depth: int) -> str | None:
+        return (
+            "it is not a causal language model" if self.backend != "causal" else why_not_tree(self.model, depth=depth)
+        )
+
+    @contextlib.contextmanager
+    def _call(self, kind: str) -> Iterator[None]:
+        """One call of lm-eval's: its facts are gathered and kept."""
+        facts: dict[str, Any] = {"kind": kind}
+        self._facts, self._scored = facts, None
+        try:
+            yield
+        finally:
+            self.engine_facts.append(facts)
+            self._facts, self._scored = {}, None
+
+    def _windows(self, text: str) -> list[Pair]:
+        windows = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        return [(None, *make_disjoint_window(window)) for window in windows]
+
+    def _check_guarded(self, owners: Sequence[Any], values: Sequence[float]) -> None:
+        """Compares what the tree has just scored with lm-eval's engine, unless this has been done."""
+        if self._scored is None or not self._guard:
+            return
+        pairs, plan = self._scored
+        kind = str(self._facts["kind"])
+        kept = None if self._guard_note is None else read_verdict(self._guard_note.path(kind))
+        verdict = self._verdicts.get(kind, kept)
+        self._facts["guard_remembered"] = verdict is not None
+        if verdict is None:
+            guarded = [
+                Guarded(str(owner.task_name), int(owner.doc_id), pair[0], len(row.tokens), len(row.targets), value)
+                for owner, pair, row, value in zip(owners, pairs, plan.rows, values, strict=True)
+            ]
+            verdict = check_against_stock(guarded, self._stock_of(pairs), exact=self._is_exact())
+            if self._guard_note is not None:
+                write_verdict(self._guard_note.path(kind), verdict, self._guard_note.about)
+        self._verdicts[kind] = verdict
+        self._facts["guard"] = asdict(verdict)
+
+    def _stock_of(self, pairs: Sequence[Pair]) -> Any:
+        def scores(indices: Sequence[int], batch_size: int | None) -> list[float]:
+            own = self.batch_size
+            self.batch_size_per_gpu: Any = batch_size or (own if isinstance(own, int) else _BATCH_SIZE)
+            try:
+                chosen = [pairs[index] for index in indices]
+                return [value for value, _ in HFLM._loglikelihood_tokens(self, chosen, disable_tqdm=True)]
+            finally:
+                self.batch_size_per_gpu = own
+
+        return scores
+
+    def _is_exact(self) -> bool:
+        """Whether rounding is float32's: neither weights nor arithmetic are narrower."""
+        plain = self.model.dtype in (torch.float32, torch.float64) and self.mixed_precision_dtype is None
+        return plain and getattr(self.model.config, "quantization_config", None) is None
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        dtype = self.mixed_precision_dtype
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)

@@ -13,6 +13,7 @@ from torch import nn
 from lora_lab.data.encode import Encoded
 from lora_lab.data.rows import Row
 from lora_lab.evaluate.answers import write_answers
+from lora_lab.evaluate.guard_note import guard_note
 from lora_lab.evaluate.harness import Scores, evaluate_model
 from lora_lab.evaluate.heldout import HeldoutScores, score_heldout
 from lora_lab.evaluate.routing import routing_summary, write_routing
@@ -40,7 +41,8 @@ def score_model(
         EvaluationError: a score is not finite, or lm-eval refuses.
     """
     evaluation = trial.evaluation
-    scores = evaluate_model(model, tokenizer, evaluation, cache=cache, output=output)
+    note = guard_note(trial, device=model.device.type, cache=cache)
+    scores = evaluate_model(model, tokenizer, evaluation, cache=cache, output=output, guard_note=note)
     tasks = tuple(scores.facts.get("task_hashes", ()))
     why = write_answers(model, tokenizer, rows, evaluation.answers, template=trial.data.template, output=output)
     if why is not None:

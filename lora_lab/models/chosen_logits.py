@@ -31,7 +31,7 @@ class ChosenPositions:
             RuntimeError: the model was called without a choice.
         """
         if self.mask is None:
-            raise RuntimeError("the model was called without a choice of positions")
+            raise RuntimeError("inside the block the model is called through the object that chooses positions")
         hidden: Tensor = inputs[0]
         # Virtual tokens of prompt-learning methods stand in front of the row; the row itself is the end.
         own = hidden[:, hidden.shape[1] - self.mask.shape[1] :]

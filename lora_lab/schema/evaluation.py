@@ -35,7 +35,9 @@ class SampleAnswers(Section):
 class Evaluation(Section):
     """Held-out loss and exact match, and lm-eval tasks by name.
 
-    batch_size: lm-eval's scores depend on the batch shape, so it is fixed and recorded. mirror: a folder of official
+    engine: tree computes every token that requests share once, stock is lm-eval's own batches. chunk_tokens: of one
+    forward pass of the tree, null chooses. batch_size: of everything else, and lm-eval's scores depend on the batch
+    shape, so it is fixed and recorded. mirror: a folder of official
     benchmark rows with a MANIFEST.csv. include_path: a folder of the user's own task YAML files.
     limit and num_fewshot: null is the task's own.
     """
@@ -43,7 +45,8 @@ class Evaluation(Section):
     heldout: bool
     answers: SampleAnswers
     tasks: Names
-    engine: Literal["stock"]
+    engine: Literal["tree", "stock"]
+    chunk_tokens: Count | None
     batch_size: Count
     limit: Count | None
     num_fewshot: Natural | None

@@ -44,8 +44,8 @@ TRIAL: dict[str, Any] = {
         "layer_rates": [],
     },
     "evaluation": {
-        "heldout": True, "answers": {"rows": 0, "max_new_tokens": 8}, "tasks": [], "engine": "stock", "batch_size": 8,
-        "limit": None, "num_fewshot": None,
+        "heldout": True, "answers": {"rows": 0, "max_new_tokens": 8}, "tasks": [], "engine": "tree",
+        "chunk_tokens": None, "batch_size": 8, "limit": None, "num_fewshot": None,
         "apply_chat_template": False, "bootstrap_iters": 0, "mirror": None, "include_path": None,
         "skills": {"documents": 1, "seed": 0}, "prose": {"perplexity_words": 1, "completion_documents": 1, "seed": 0},
     },

@@ -9,9 +9,9 @@ behind a prefix of p costs
 because the tree mask lets no entry be skipped; a pass costs `overhead` more. Three ways lead past a chain of m tokens
 that is followed by b tokens in branches, and the cheapest is taken:
 
-    whole     one row                        (m + b) + attention * (m + b) * (p + m + b)
-    kept      the chain's keys and values    m + attention * m * (p + m)  +  b + attention * b * (p + m + r)  +  2 overhead
-    repeated  the chain in each of k rows    k m + b + attention * (k m + b) * (p + r),   k = ceil(b / (r - m))
+    whole     one row                      t + attention * t * (p + t),   t = m + b
+    kept      the chain's keys and values  t + attention * (m * (p + m) + b * (p + m + r)) + 2 overhead
+    repeated  the chain in each of k rows  s + attention * s * (p + r),   s = k m + b,   k = ceil(b / (r - m))
 
 with rows of at most r tokens. So attention grows with the square of a row's length, recomputed prefixes with the number
 of rows, and what is left between the two decides.

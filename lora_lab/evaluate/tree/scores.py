@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +71,7 @@ def score_plan(
     plan: TreePlan,
     *,
     softmax_dtype: torch.dtype | None = None,
-    autocast: AbstractContextManager[object] | None = None,
+    autocast: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - it has no state
     done: Callable[[int], None] = lambda _tokens: None,
 ) -> list[Answer]:
     """[(log-likelihood in nats, whether each target is the argmax)] in the order of the plan's rows.
@@ -81,7 +81,7 @@ def score_plan(
     Args:
         model: in evaluation mode; a causal LM of transformers, or a PeftModel around one.
         softmax_dtype: HFLM's setting.
-        autocast: a context that every forward pass is to run in.
+        autocast: a context for forward passes; logits are normalised outside it, as in HFLM.
         done: told after each pass how many tokens it has read.
     """
     if not plan.rows:
@@ -99,11 +99,8 @@ def score_plan(
             open_nodes[wanted] = False
             if not len(wanted) and not one.keep:
                 continue
-            if autocast is None:
+            with autocast:
                 logits = forward(one, wanted)
-            else:
-                with autocast:
-                    logits = forward(one, wanted)
             pairs = asked.pairs_of(wanted)
             scores, best = _normalised(logits, wanted, asked, pairs, softmax_dtype)
             values.append(scores)

@@ -1,0 +1,130 @@
+"""The tree's log-likelihoods against lm-eval's own, on requests drawn across the tasks.
+
+Tolerance in nats per request. In float32 and float64: 1e-4 up to 100 scored tokens, and in proportion beyond. In other
+dtypes and on quantized weights rounding alone moves scores by more: three times what lm-eval's own differ by between
+batches of 1 and of 8, the most of any drawn request, and never less than the tolerance of float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from lora_lab.errors import EvaluationError, Problem
+from lora_lab.record.atomic import write_json
+
+COUNT = 64
+_TOLERANCE, _TOKENS = 1e-4, 100
+_SPREADS, _BATCHES = 3, (1, 8)
+# Requests are drawn up to this share of all tokens: a few whole books would cost lm-eval as much as all of them.
+_SHARE, _FEWEST_TOKENS = 0.1, 16_384
+
+# Log-likelihood of each request at these indices in batches of this size (None: the evaluation's own).
+Stock = Callable[[Sequence[int], int | None], Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Guarded:
+    """One request: its task and document, texts, tokens of its input, scored tokens, and the tree's answer."""
+
+    task: str
+    document: int
+    texts: tuple[str, str] | None
+    tokens: int
+    scored: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """requests: compared. largest_difference: nats. largest_share: of the tolerance, 1 at most. spread: of lm-eval's
+    own between two batch sizes, None where it does not count."""
+
+    requests: int
+    largest_difference: float
+    largest_share: float
+    spread: float | None
+
+
+def check_against_stock(requests: Sequence[Guarded], stock: Stock, *, exact: bool) -> Verdict:
+    """Compares drawn requests; `exact` is float32 or float64 arithmetic on plain weights.
+
+    Raises:
+        EvaluationError: beyond the tolerance; shows the worst request with both values.
+    """
+    drawn = draw([one.task for one in requests], [one.tokens for one in requests])
+    if exact:
+        theirs, spread = stock(drawn, None), None
+    else:
+        alone, theirs = (stock(drawn, size) for size in _BATCHES)
+        spread = max((abs(one - other) for one, other in zip(alone, theirs, strict=True)), default=0.0)
+    differences = [abs(requests[index].value - value) for index, value in zip(drawn, theirs, strict=True)]
+    shares = [
+        difference / tolerance(requests[index].scored, spread)
+        for index, difference in zip(drawn, differences, strict=True)
+    ]
+    # A NaN is in no order: whatever is not within its tolerance is beyond it.
+    worst = next((place for place, share in enumerate(shares) if not share <= 1), None)
+    if worst is not None:
+        worst = max(range(len(drawn)), key=lambda place: (not shares[place] <= 1, shares[place]))
+        raise EvaluationError(_problem(requests[drawn[worst]], theirs[worst], spread))
+    return Verdict(len(drawn), max(differences, default=0.0), max(shares, default=0.0), spread)
+
+
+def tolerance(scored: int, spread: float | None) -> float:
+    """Nats by which two scores of `scored` tokens may differ; spread: see `Verdict`."""
+    own = _TOLERANCE * max(1.0, scored / _TOKENS)
+    return own if spread is None else max(own, _SPREADS * spread)
+
+
+def draw(tasks: Sequence[str], tokens: Sequence[int]) -> list[int]:
+    """Up to 64 indices, evenly spread over each task and in turn from all tasks; the same for the same requests."""
+    by_task: dict[str, list[int]] = {}
+    for index, task in enumerate(tasks):
+        by_task.setdefault(task, []).append(index)
+    turns = zip_longest(*(_spread(indices) for indices in by_task.values()))
+    room = max(_FEWEST_TOKENS, _SHARE * sum(tokens))
+    drawn: list[int] = []
+    for index in (one for turn in turns for one in turn if one is not None):
+        if len(drawn) == COUNT:
+            break
+        if not drawn or tokens[index] <= room:
+            drawn.append(index)
+            room -= tokens[index]
+    return sorted(drawn)
+
+
+def read_verdict(path: Path) -> Verdict | None:
+    """The verdict kept in a file, or None where there is none that can be read."""
+    try:
+        return Verdict(**json.loads(path.read_text(encoding="utf-8"))["verdict"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_verdict(path: Path, verdict: Verdict, facts: Mapping[str, Any]) -> None:
+    """Keeps a verdict; `facts` say what it is about."""
+    write_json(path, {"about": dict(facts), "verdict": asdict(verdict)})
+
+
+def _spread(indices: Sequence[int]) -> list[int]:
+    count = min(COUNT, len(indices))
+    return [indices[place * len(indices) // count] for place in range(count)]
+
+
+def _problem(request: Guarded, theirs: float, spread: float | None) -> Problem:
+    allowed = tolerance(request.scored, spread)
+    text = ""
+    if request.texts is not None:
+        context, continuation = request.texts
+        text = f"; request: {context[-200:]!r} -> {continuation[:200]!r}"
+    return Problem(
+        f"task {request.task}, document {request.document}",
+        f"the tree gives a log-likelihood of {request.value:.6f}, lm-eval's own engine {theirs:.6f}: they differ by "
+        f"{abs(request.value - theirs):.2g}, allowed is {allowed:.2g}; use evaluation.engine=stock, and "
+        f"report it{text}",
+    )
