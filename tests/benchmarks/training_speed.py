@@ -31,6 +31,7 @@ from lora_lab.models.loss_token_logits import loss_token_logits
 from lora_lab.schema.trial import LAB_KEYS, Trial, read_trial
 from lora_lab.train.loop import take_step
 from lora_lab.train.member import member_of
+from tests.benchmarks.machine_speed import product_gflops
 
 CPU = torch.device("cpu")
 BATCH = 8
@@ -90,17 +91,6 @@ def rows_of(trial: Trial, tokenizer: Any, cache: Path) -> list[Encoded]:
     """The training rows as tokens."""
     rows = load_rows(trial.data, cache=cache).train
     return list(encode_rows(rows, tokenizer, trial.data, vocab_size=49152).examples)
-
-
-def product_gflops() -> float:
-    """Speed of one large fp32 matrix product, in 1e9 operations per second."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / statistics.median(seconds) / 1e9
 
 
 def measure(steps: int, cache: Path) -> dict[str, Any]:
