@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: sweep methods methods-debug test setup lint unit help bench wheel-test clean
+.PHONY: sweep methods methods-debug test setup lint unit help bench bench-eval wheel-test clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ bench: $(SETUP) ## planning, the page, and training speed against a plain PEFT l
 	$(BIN)/python -m tests.benchmarks.plan_speed
 	$(BIN)/python -m tests.benchmarks.page_speed
 	$(BIN)/python -m tests.benchmarks.training_speed
+
+bench-eval: $(SETUP) ## scoring against lm-eval's own engine on official rows: under 40 minutes on two cores
+	$(BIN)/python -m tests.benchmarks.eval_speed
 
 wheel-test: $(SETUP) ## build the wheel and use it outside the checkout
 	$(BIN)/python -m pytest -m slow tests/journey/test_wheel.py

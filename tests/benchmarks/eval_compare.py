@@ -44,7 +44,8 @@ class Difference:
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """largest_difference: of log-likelihoods, in nats; None without any. largest_share: of the tolerance, which grows
-    with the scored tokens. other_texts: generated texts that are not the same. documents_that_differ: see `Difference`."""
+    with the scored tokens. other_texts: generated texts that are not the same. documents_that_differ: those with
+    another metric."""
 
     largest_difference: float | None
     largest_share: float | None

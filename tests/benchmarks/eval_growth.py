@@ -45,19 +45,20 @@ def chunk_spread(bench: Bench, growth: Growth, report: Report) -> dict[str, Any]
     largest_spread: nats, the largest over requests of the difference between their highest and lowest value.
     largest_share: the same in tolerances of the request. budgets: seconds and counts of each.
     """
-    first = run_row(bench, growth.spread, bench.models["tree"]).calls[0]
+    firsts = [run_row(bench, row, bench.models["tree"]).calls[0] for row in growth.spread]
+    requests = [request for call in firsts for request in call.requests]
     budgets, values = [], []
     for chunk_tokens in growth.budgets:
-        call = _score(bench.another(engine="tree", guard=False, chunk_tokens=chunk_tokens), first.requests)
+        call = _score(bench.another(engine="tree", guard=False, chunk_tokens=chunk_tokens), requests)
         values.append([value for value, _ in call.answers])
         kept = ("passes", "computed_tokens", "padded_tokens", "row_tokens")
         counts = {key: call.facts.get(key) for key in kept}
         budgets.append({"chunk_tokens": chunk_tokens, "seconds": call.seconds, **counts})
         report(f"chunks of {chunk_tokens} tokens: {call.seconds:.1f} s")
     spreads = [max(of_one) - min(of_one) for of_one in zip(*values, strict=True)]
-    scored = [len(continuation) for _, _, continuation in first.pairs]
+    scored = [len(continuation) for call in firsts for _, _, continuation in call.pairs]
     return {
-        "tasks": dict(growth.spread.documents),
+        "rows": {row.name: dict(row.documents) for row in growth.spread},
         "requests": len(spreads),
         "largest_spread": max(spreads),
         "largest_share": max(spread / tolerance(count, None) for spread, count in zip(spreads, scored, strict=True)),

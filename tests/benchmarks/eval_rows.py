@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-_STUDY = {  # about 3 % of each task of the well-known LoRA study, so that their mixture is that of the whole suite
-    "truthfulqa_mc1": 25,
-    "truthfulqa_mc2": 25,
-    "blimp_causative": 31,
-    "mmlu_global_facts": 3,
-    "arithmetic_2ds": 62,
-    "arithmetic_4ds": 62,
+_STUDY = {  # 5 % of each task of the well-known LoRA study, so that their mixture is that of the whole suite
+    "truthfulqa_mc1": 41,
+    "truthfulqa_mc2": 41,
+    "blimp_causative": 50,
+    "mmlu_global_facts": 5,
+    "arithmetic_2ds": 100,
+    "arithmetic_4ds": 100,
 }
 
 
@@ -33,12 +33,12 @@ ROWS = (
     Row("mmlu_global_facts", {"mmlu_global_facts": 100}),
     Row("arithmetic_2ds", {"arithmetic_2ds": 200}),
     Row("arithmetic_4ds", {"arithmetic_4ds": 200}),
-    Row("truthfulqa_mc1+mc2", {"truthfulqa_mc1": 25, "truthfulqa_mc2": 25}, target=20.0),
+    Row("truthfulqa_mc1+mc2", {"truthfulqa_mc1": 41, "truthfulqa_mc2": 41}, target=20.0),
     Row("six_tasks", _STUDY, target=10.0),
     # The first three subjects of the alphabet.
     Row(
         "mmlu_5shot",
-        {"mmlu_abstract_algebra": 40, "mmlu_anatomy": 40, "mmlu_astronomy": 40},
+        {"mmlu_abstract_algebra": 60, "mmlu_anatomy": 60, "mmlu_astronomy": 60},
         num_fewshot=5,
         target=5.0,
     ),
@@ -53,7 +53,7 @@ ROWS = (
 @dataclass(frozen=True, slots=True)
 class Growth:
     """How cost grows. requests: the first so many of `pool`; stock is run up to `stock_requests` of them. shots: of
-    `prefix`, whose examples stand before every document. budgets: chunk_tokens of the spread, over `spread`.
+    `prefix`, whose examples stand before every document. budgets: chunk_tokens of the spread, over all requests of `spread`.
     guard: whose requests the guard draws from."""
 
     pool: Row
@@ -61,7 +61,7 @@ class Growth:
     stock_requests: int
     prefix: Row
     shots: Sequence[int]
-    spread: Row
+    spread: Sequence[Row]
     budgets: Sequence[int]
     guard: Row
 
@@ -74,7 +74,11 @@ GROWTH = Growth(
     stock_requests=64,
     prefix=Row("mmlu_anatomy", {"mmlu_anatomy": 8}),
     shots=(0, 1, 2, 3, 4, 5),
-    spread=Row("spread", {"truthfulqa_mc1": 25, "truthfulqa_mc2": 25, "mmlu_anatomy": 10}, num_fewshot=5),
+    spread=(
+        Row("truthfulqa_mc1+mc2", {"truthfulqa_mc1": 25, "truthfulqa_mc2": 25}),
+        Row("mmlu_5shot", {"mmlu_anatomy": 20}, num_fewshot=5),
+        Row("winogrande", {"winogrande": 50}),
+    ),
     budgets=(128, 256, 512, 1024, 2048),
     guard=_ROW["six_tasks"],
 )
@@ -97,8 +101,9 @@ def chosen_growth(documents: Mapping[str, int], *, quick: bool) -> Growth:
     """`GROWTH`, or a smoke test of it."""
     if not quick:
         return replace(GROWTH, guard=_sized(GROWTH.guard, documents, quick=False))
-    sized = {name: _sized(getattr(GROWTH, name), {}, quick=True) for name in ("pool", "prefix", "spread", "guard")}
-    return replace(GROWTH, requests=(1, 4), stock_requests=4, shots=(0, 1), **sized)
+    sized = {name: _sized(getattr(GROWTH, name), {}, quick=True) for name in ("pool", "prefix", "guard")}
+    spread = [_sized(row, {}, quick=True) for row in GROWTH.spread]
+    return replace(GROWTH, requests=(1, 4), stock_requests=4, shots=(0, 1), spread=spread, **sized)
 
 
 def _sized(row: Row, documents: Mapping[str, int], *, quick: bool) -> Row:

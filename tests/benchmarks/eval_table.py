@@ -75,7 +75,8 @@ def _tail(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"guard: {guard['seconds']:.1f} s for {requests} requests, once per base and kind of adapter"
     speeds = " and ".join(f"{speed:.0f}" for speed in result["matrix_product_gflops"])
     loads = " and ".join(f"{load:.1f}" for load in result["load_average"])
-    yield f"{speeds} GFLOP/s in one large product before and after, load average {loads}, {result['seconds']:.0f} s in all"
+    yield f"{speeds} GFLOP/s in one large product before and after, load average {loads}"
+    yield f"{result['seconds']:.0f} s in all"
 
 
 def _share(documents: Mapping[str, Mapping[str, int]]) -> float:

@@ -1,4 +1,4 @@
-"""How much a set of requests costs at least: tokens and arithmetic of its prefix tree, counted apart from the engine."""
+"""What a set of requests costs at least: tokens and arithmetic of its prefix tree, counted apart from the engine."""
 
 from __future__ import annotations
 
