@@ -81,21 +81,21 @@ def compare(stock: EngineRun, ours: EngineRun, lm: TimedModel) -> Agreement:
 
 
 def _requests(theirs: Call, own: Call, lm: TimedModel) -> Iterator[tuple[Document, _Request]]:
-    answers = zip(own.requests, theirs.answers, own.answers, strict=True)
-    for place, (request, one, other) in enumerate(answers):
+    for place, (request, one, other) in enumerate(zip(own.requests, theirs.answers, own.answers, strict=True)):
         document = (str(request.task_name), int(request.doc_id))
         if own.kind == "generate_until":
             gap = None if one == other else _text_gap(lm, request.args[0], one, other)
             yield document, _Request(None, None, one != other, gap)
-            continue
-        if own.kind == "loglikelihood_rolling":
-            one, other, scored, gap = (one, True), (other, True), len(lm.tok_encode(request.args[0])), None
+        elif own.kind == "loglikelihood_rolling":
+            yield document, _scored(one, other, len(lm.tok_encode(request.args[0])), None)
         else:
             _, context, continuation = own.pairs[place]
-            scored = len(continuation)
             gap = None if one[1] == other[1] else _greedy_gap(lm, context, continuation)
-        difference = abs(one[0] - other[0])
-        yield document, _Request(difference, difference / tolerance(scored, None), False, gap)
+            yield document, _scored(one[0], other[0], len(continuation), gap)
+
+
+def _scored(one: float, other: float, tokens: int, gap: float | None) -> _Request:
+    return _Request(abs(one - other), abs(one - other) / tolerance(tokens, None), False, gap)
 
 
 def _differences(
@@ -119,8 +119,8 @@ def _differences(
 
 
 def _differs(one: float, other: float, *, moved: float) -> bool:
-    """Whether a metric is another one. Shares of probability follow every rounding: by at most half of how far the
-    log-likelihoods moved, twice over; a choice jumps from 0 to 1."""
+    """Whether a metric is another one. A choice jumps from 0 to 1; a share of probability follows every rounding, by
+    less than the log-likelihoods moved."""
     if {one, other} <= {0.0, 1.0}:
         return one != other
     return abs(one - other) > moved + 1e-12

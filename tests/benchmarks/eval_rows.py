@@ -46,6 +46,7 @@ ROWS = (
     Row("piqa", {"piqa": 100}),
     Row("arc_easy", {"arc_easy": 100}),
     Row("copa", {"copa": 100}),
+    # lm-eval draws other examples for each document, so that prompts share next to nothing.
     Row("gsm8k", {"gsm8k": 16}, num_fewshot=5),
 )
 
@@ -53,8 +54,8 @@ ROWS = (
 @dataclass(frozen=True, slots=True)
 class Growth:
     """How cost grows. requests: the first so many of `pool`; stock is run up to `stock_requests` of them. shots: of
-    `prefix`, whose examples stand before every document. budgets: chunk_tokens of the spread, over all requests of `spread`.
-    guard: whose requests the guard draws from."""
+    `prefix`, whose examples stand before every document. budgets: chunk_tokens of the spread, over all requests of
+    `spread`. guard: whose requests the guard draws from."""
 
     pool: Row
     requests: Sequence[int]

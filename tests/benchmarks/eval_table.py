@@ -73,6 +73,8 @@ def _tail(result: Mapping[str, Any]) -> Iterator[str]:
     if guard := result.get("guard"):
         requests = sum(verdict["requests"] for verdict in guard["verdicts"])
         yield f"guard: {guard['seconds']:.1f} s for {requests} requests, once per base and kind of adapter"
+    if result["quick"]:
+        yield "two documents of each task: its times mean nothing"
     speeds = " and ".join(f"{speed:.0f}" for speed in result["matrix_product_gflops"])
     loads = " and ".join(f"{load:.1f}" for load in result["load_average"])
     yield f"{speeds} GFLOP/s in one large product before and after, load average {loads}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class TimedModel(LabModel):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         """Timed; contexts are tokenised again for the counts, outside the time."""
         texts = self._timed("generate_until", super().generate_until, requests)
+        # In place: the call that was just noted holds this list.
         self._pairs += [(None, self.tok_encode(request.args[0]), []) for request in requests]
         return texts
 
@@ -112,24 +113,28 @@ class TimedModel(LabModel):
 @dataclass(frozen=True, slots=True)
 class Bench:
     """What all rows have in common. mirror: folder of official rows; None for tasks that are the lab's own. cache: of
-    task files and data. log: what lm-eval prints. models: one per engine, around the same network."""
+    task files and data. log: what lm-eval prints. models: one per engine, around the same network.
+    options: settings of all of them."""
 
     models: Mapping[str, TimedModel]
     mirror: Path | None
     cache: Path
     log: Path
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any]
 
     @classmethod
     def of(cls, network: Any, tokenizer: Any, *, batch_size: int, **places: Any) -> Bench:
         """Both engines, unguarded, around `network`."""
         options = {"pretrained": network, "tokenizer": tokenizer, "batch_size": batch_size}
-        models = {engine: TimedModel(engine=engine, guard=False, **options) for engine in ("stock", "tree")}
-        return cls(models=models, options=options, **places)
+        alone = cls(models={}, options=options, **places)
+        return replace(
+            alone, models={engine: alone.another(engine=engine, guard=False) for engine in ("stock", "tree")}
+        )
 
     def another(self, **settings: Any) -> TimedModel:
         """A model around the same network with other settings."""
-        return TimedModel(**{**self.options, **settings})
+        with console_to(self.log):
+            return TimedModel(**self.options, **settings)
 
 
 def run_row(bench: Bench, row: Row, lm: TimedModel) -> EngineRun:
