@@ -37,18 +37,24 @@ def write_plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _add_rows(figure: Any, rows: list[Mapping[str, Any]]) -> None:
-    names = [row["row"] for row in rows]
-    ratios = go.Bar(x=names, y=[row["ratio"] for row in rows], marker_color=_COLOURS["tree"], showlegend=False)
+    ratios = [row["ratio"] for row in rows]
+    _add_points(figure, [row["row"] for row in rows], ratios, ".3g", row=1, column=1)
+    names, targets = [row["row"] for row in rows], [row["target"] for row in rows]
     marks = {"mode": "markers", "marker": {"symbol": "line-ew-open", "size": 24, "color": "black"}, "name": "target"}
-    figure.add_trace(ratios, row=1, col=1)
-    figure.add_trace(go.Scatter(x=names, y=[row["target"] for row in rows], **marks), row=1, col=1)
+    figure.add_trace(go.Scatter(x=names, y=targets, **marks), row=1, col=1)
     limited = [row for row in rows if row["share_of_limit"] is not None]
-    shares = [row["share_of_limit"] for row in limited]
-    names = [row["row"] for row in limited]
+    names, shares = [row["row"] for row in limited], [row["share_of_limit"] for row in limited]
     figure.add_trace(go.Bar(x=names, y=shares, marker_color=_COLOURS["tree"], showlegend=False), row=1, col=2)
-    compared = [row for row in rows if row["largest_difference"] is not None]
-    names, nats = [row["row"] for row in compared], [row["largest_difference"] for row in compared]
-    figure.add_trace(go.Bar(x=names, y=nats, marker_color=_COLOURS["tree"], showlegend=False), row=3, col=2)
+    compared = [row for row in rows if row["largest_difference"]]  # a logarithm has no place for 0
+    nats = [row["largest_difference"] for row in compared]
+    _add_points(figure, [row["row"] for row in compared], nats, ".1e", row=3, column=2)
+
+
+def _add_points(figure: Any, names: list[str], values: list[float], form: str, *, row: int, column: int) -> None:
+    """Values with their numbers, for a logarithmic axis: it has no zero for bars to stand on."""
+    marks = {"mode": "markers+text", "marker": {"color": _COLOURS["tree"], "size": 10}, "showlegend": False}
+    texts = {"text": [format(value, form) for value in values], "textposition": "top center"}
+    figure.add_trace(go.Scatter(x=names, y=values, **marks, **texts), row=row, col=column)
 
 
 def _add_growth(figure: Any, points: list[Mapping[str, Any]], key: str, *, column: int, legend: bool) -> None:
