@@ -23,6 +23,7 @@ from lora_lab.evaluate.tree.scores import Answer, TreePlan, plan_rows, score_pla
 from lora_lab.evaluate.tree.sizes import budget_of, costs_of
 from lora_lab.evaluate.tree.support import why_not_tree
 from lora_lab.evaluate.tree.token_tree import ScoredRow
+from lora_lab.models.packed import is_eight_bit
 
 Engine = Literal["tree", "stock"]
 # lm-eval's tokenised pair: (texts or None, context, continuation).
@@ -35,7 +36,8 @@ _BATCH_SIZE = 8
 class LabModel(CheckedModel):
     """HFLM whose log-likelihoods come from a prefix tree; it takes HFLM's own settings besides these.
 
-    Tokens, truncation and arithmetic are lm-eval's. Where the tree is not valid for the model, lm-eval's own batches
+    Tokens, truncation and arithmetic are lm-eval's, of `logits_cache=False`: its shortcut for requests with the same
+    input (0.4.13, `Collator.get_cache`) scores a shorter continuation at the positions of a longer one. Where the tree is not valid for the model, lm-eval's own batches
     run instead, and `engine_facts` says why. The same requests in another order give the same bits; other requests
     beside them, or other `chunk_tokens`, move a score within rounding.
 
@@ -178,7 +180,7 @@ class LabModel(CheckedModel):
                 Guarded(str(owner.task_name), int(owner.doc_id), pair[0], len(row.tokens), len(row.targets), value)
                 for owner, pair, row, value in zip(owners, pairs, plan.rows, values, strict=True)
             ]
-            verdict = check_against_stock(guarded, self._stock_of(pairs), exact=self._is_exact())
+            verdict = check_against_stock(guarded, self._stock_of(pairs), rounding=self._rounding())
             if self._guard_note is not None:
                 write_verdict(self._guard_note.path(kind), verdict, self._guard_note.about)
         self._verdicts[kind] = verdict
@@ -186,20 +188,25 @@ class LabModel(CheckedModel):
 
     def _stock_of(self, pairs: Sequence[Pair]) -> Any:
         def scores(indices: Sequence[int], batch_size: int | None) -> list[float]:
-            own = self.batch_size
+            own, shortcut = self.batch_size, self.logits_cache
             self.batch_size_per_gpu: Any = batch_size or (own if isinstance(own, int) else _BATCH_SIZE)
+            self.logits_cache: bool = False
             try:
                 chosen = [pairs[index] for index in indices]
                 return [value for value, _ in HFLM._loglikelihood_tokens(self, chosen, disable_tqdm=True)]
             finally:
-                self.batch_size_per_gpu = own
+                self.batch_size_per_gpu, self.logits_cache = own, shortcut
 
         return scores
 
-    def _is_exact(self) -> bool:
-        """Whether rounding is float32's: neither weights nor arithmetic are narrower."""
-        plain = self.model.dtype in (torch.float32, torch.float64) and self.mixed_precision_dtype is None
-        return plain and getattr(self.model.config, "quantization_config", None) is None
+    def _rounding(self) -> float | None:
+        """Machine epsilon of the narrowest numbers that scores are made of; None for plain float32 and float64."""
+        dtypes = {self.model.dtype, self.mixed_precision_dtype or self.model.dtype}
+        if any(is_eight_bit(module) for module in self.model.modules()):
+            dtypes.add(torch.float16)  # LLM.int8 rounds what enters a product to it
+        rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
+        is_quantized = getattr(self.model.config, "quantization_config", None) is not None
+        return rounding if is_quantized or rounding > torch.finfo(torch.float32).eps else None
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         dtype = self.mixed_precision_dtype
