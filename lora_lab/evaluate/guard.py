@@ -81,7 +81,7 @@ def check_against_stock(requests: Sequence[Guarded], stock: Stock, *, rounding: 
 
 
 def tolerance(scored: int, spread: float | None, *, grain: float) -> float:
-    """Nats by which two scores of `scored` tokens may differ; spread: see `Verdict`; grain: one rounding of the score."""
+    """Nats by which two scores of `scored` tokens may differ; spread: see `Verdict`, grain: the score's rounding."""
     own = _TOLERANCE * max(1.0, scored / _TOKENS)
     return own if spread is None else max(own, _SPREADS * spread, grain)
 

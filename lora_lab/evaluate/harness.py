@@ -22,6 +22,7 @@ from lora_lab.evaluate.lab_model import LabModel
 from lora_lab.evaluate.readings import read_metrics, task_hashes
 from lora_lab.evaluate.surroundings import console_to, data_cache, kept_random_state, one_environment_report
 from lora_lab.evaluate.tasks import PreparedTasks, prepare_tasks
+from lora_lab.evaluate.tree.scores import Progress
 from lora_lab.record.result import Metric
 from lora_lab.schema.evaluation import Evaluation
 
@@ -48,10 +49,12 @@ def evaluate_model(
     cache: Path,
     output: Path,
     guard_note: GuardNote | None = None,
+    progress: Progress = lambda _read, _total: None,
 ) -> Scores:
     """Scores `model`, where it is, on the tasks of `evaluation`; held-out rows are not among them (`score_heldout`).
 
     guard_note: where it is kept that the tree agrees with lm-eval's engine on this base and kind of adapter.
+    progress: told after each pass of the tree how many tokens have been read, and of how many.
 
     `output` (made if need be) gets lm-eval's returned mapping as `results.json`, its samples as `samples_TASK.jsonl`,
     and what it printed as `lm_eval.log`. lm-eval's own caches are never used: their keys lack limit and data revision.
@@ -81,7 +84,7 @@ def evaluate_model(
             engine=evaluation.engine,
             chunk_tokens=evaluation.chunk_tokens,
             guard_note=guard_note,
-            shows_progress=False,
+            progress=progress,
         )
         results = _simple_evaluate(lm, tasks, evaluation, log=log)
     _write_files(results, output)

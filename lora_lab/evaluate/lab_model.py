@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress as Bar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +19,7 @@ from lora_lab.adapters.prompts import virtual_tokens
 from lora_lab.evaluate.checked_model import CheckedModel, check_finite
 from lora_lab.evaluate.guard import Guarded, Verdict, check_against_stock, read_verdict, write_verdict
 from lora_lab.evaluate.guard_note import GuardNote
-from lora_lab.evaluate.tree.scores import Answer, TreePlan, plan_rows, score_plan
+from lora_lab.evaluate.tree.scores import Answer, Progress, TreePlan, plan_rows, score_plan
 from lora_lab.evaluate.tree.sizes import budget_of, costs_of
 from lora_lab.evaluate.tree.support import why_not_tree
 from lora_lab.evaluate.tree.token_tree import ScoredRow
@@ -37,16 +37,16 @@ class LabModel(CheckedModel):
     """HFLM whose log-likelihoods come from a prefix tree; it takes HFLM's own settings besides these.
 
     Tokens, truncation and arithmetic are lm-eval's, of `logits_cache=False`: its shortcut for requests with the same
-    input (0.4.13, `Collator.get_cache`) scores a shorter continuation at the positions of a longer one. Where the tree is not valid for the model, lm-eval's own batches
-    run instead, and `engine_facts` says why. The same requests in another order give the same bits; other requests
-    beside them, or other `chunk_tokens`, move a score within rounding.
+    input (0.4.13, `Collator.get_cache`) scores a shorter continuation at the positions of a longer one. Where the tree
+    is not valid for the model, lm-eval's own batches run instead, and `engine_facts` says why. The same requests in
+    another order give the same bits; other requests beside them, or other `chunk_tokens`, move a score within rounding.
 
     Args:
         engine: `tree`, or `stock` for lm-eval's own batches.
         chunk_tokens: tokens of one forward pass; None chooses (`budget_of`).
         guard: whether drawn requests are scored by lm-eval's engine too, once per model object and kind of request, or
             once per `guard_note`.
-        shows_progress: bars like lm-eval's own.
+        progress: told (tokens read, of how many) after each pass; None draws a bar in a terminal.
 
     engine_facts: one entry per call: kind of request, engine, why it is not the tree, sizes, counts, guard's verdict.
 
@@ -64,7 +64,7 @@ class LabModel(CheckedModel):
         chunk_tokens: int | None = None,
         guard: bool = True,
         guard_note: GuardNote | None = None,
-        shows_progress: bool = True,
+        progress: Progress | None = None,
         **settings: Any,
     ) -> None:
         if engine not in ("tree", "stock"):
@@ -74,7 +74,7 @@ class LabModel(CheckedModel):
         super().__init__(pretrained, tokenizer=tokenizer, **settings)
         self.engine, self.chunk_tokens = engine, chunk_tokens
         self.engine_facts: list[dict[str, Any]] = []
-        self._guard, self._guard_note, self._shows_progress = guard, guard_note, shows_progress
+        self._guard, self._guard_note, self._progress = guard, guard_note, progress
         self._verdicts: dict[str, Verdict] = {}
         self._facts: dict[str, Any] = {}  # of the call that goes on
         self._scored: tuple[Sequence[Pair], TreePlan] | None = None
@@ -116,19 +116,23 @@ class LabModel(CheckedModel):
         budget = budget_of(self.model, self.chunk_tokens)
         plan = plan_rows(rows, budget, costs_of(self.model))
         self._facts |= asdict(budget) | asdict(plan.counts)
-        with self._progress(plan.counts.computed_tokens) as done:
+        with self._shown() as progress:
             answers = score_plan(
-                self.model, plan, softmax_dtype=self.softmax_dtype, autocast=self._autocast(), done=done
+                self.model, plan, softmax_dtype=self.softmax_dtype, autocast=self._autocast(), progress=progress
             )
         self._scored = (requests, plan)
         return answers
 
     @contextlib.contextmanager
-    def _progress(self, tokens: int) -> Iterator[Callable[[int], None]]:
+    def _shown(self) -> Iterator[Progress]:
+        """The progress that was given, or a bar."""
+        if self._progress is not None:
+            yield self._progress
+            return
         console = Console(stderr=True)
-        with Progress(console=console, disable=not (self._shows_progress and console.is_terminal)) as bar:
-            task = bar.add_task("scoring (tokens)", total=tokens)
-            yield lambda read: bar.advance(task, read)
+        with Bar(console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("scoring (tokens)", total=None)
+            yield lambda read, total: bar.update(task, completed=read, total=total)
 
     def _engine(self, requests: Sequence[Pair]) -> str:
         """The engine of the current call, decided at its first tokens and noted."""

@@ -218,7 +218,7 @@ def test_methods(make_trial: MakeTrial, shared: Path, method: str) -> None:
     """A trained adapter of every method; the guard compares with lm-eval on the way."""
     _, attached, _ = trained(trial_of(make_trial, method, "llama"), shared)
     model = attached.model.eval()
-    ours = LabModel(model, tokenizer=byte_tokenizer(256), batch_size=4, shows_progress=False)
+    ours = LabModel(model, tokenizer=byte_tokenizer(256), batch_size=4)
     texts = SETS["questions"] + SETS["unicode"] + SETS["no context"]
     found = ours.loglikelihood(asked(texts))
     theirs = LabModel(model, tokenizer=byte_tokenizer(256), batch_size=4, engine="stock", logits_cache=False)
@@ -236,7 +236,7 @@ def test_narrow_numbers(make_trial: MakeTrial, shared: Path, method: str, change
     if method == "adalora" and "int8" in changes[0]:
         pytest.skip("PEFT has no AdaLoRA on int8 of this kind")
     _, attached, _ = trained(trial_of(make_trial, method, "llama", *changes), shared)
-    ours = LabModel(attached.model.eval(), tokenizer=byte_tokenizer(256), batch_size=4, shows_progress=False)
+    ours = LabModel(attached.model.eval(), tokenizer=byte_tokenizer(256), batch_size=4)
     ours.loglikelihood(asked(SETS["questions"] + SETS["unicode"]))
     facts = ours.engine_facts[0]
     assert facts["engine"] == "tree", facts
