@@ -79,6 +79,12 @@ class LabModel(CheckedModel):
         self._facts: dict[str, Any] = {}  # of the call that goes on
         self._scored: tuple[Sequence[Pair], TreePlan] | None = None
 
+    @property
+    def spread(self) -> float | None:
+        """What lm-eval's own scores differ by between batch sizes, as the guard measured it; None where it did not."""
+        spreads = [verdict.spread for verdict in self._verdicts.values() if verdict.spread is not None]
+        return max(spreads, default=None)
+
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """[(log-likelihood in nats, whether greedy decoding gives the continuation)], one per request."""
         with self._call("loglikelihood"):
@@ -184,7 +190,7 @@ class LabModel(CheckedModel):
                 Guarded(str(owner.task_name), int(owner.doc_id), pair[0], len(row.tokens), len(row.targets), value)
                 for owner, pair, row, value in zip(owners, pairs, plan.rows, values, strict=True)
             ]
-            verdict = check_against_stock(guarded, self._stock_of(pairs), rounding=self._rounding())
+            verdict = check_against_stock(guarded, self._stock_of(pairs), rounding=self.rounding())
             if self._guard_note is not None:
                 write_verdict(self._guard_note.path(kind), verdict, self._guard_note.about)
         self._verdicts[kind] = verdict
@@ -203,7 +209,7 @@ class LabModel(CheckedModel):
 
         return scores
 
-    def _rounding(self) -> float | None:
+    def rounding(self) -> float | None:
         """Machine epsilon of the narrowest numbers that scores are made of; None for plain float32 and float64."""
         dtypes = {self.model.dtype, self.mixed_precision_dtype or self.model.dtype}
         if any(is_eight_bit(module) for module in self.model.modules()):
