@@ -1,8 +1,8 @@
 """`import lora_lab.evaluate` gives lm-eval the model name `lora_lab`, without importing lm-eval (or torch) itself.
 
-Planning imports `lora_lab.evaluate.check`. There, a plain import of lm-eval's registry would cost 2 ms, would fail where
-lm-eval is not installed (which is answered kindly elsewhere), and would set HF_XET_HIGH_PERFORMANCE in the environment.
-So the name is registered when somebody else loads lm-eval's registry: at once where it is loaded already.
+Planning imports `lora_lab.evaluate.check`. There, a plain import of lm-eval's registry would cost 2 ms, would fail
+where lm-eval is not installed (which is said kindly elsewhere), and would set HF_XET_HIGH_PERFORMANCE in the
+environment. So the name is registered when somebody else loads lm-eval's registry: at once where it is loaded already.
 
 lm-eval reads its own list of models only while the registry is empty. `lora_lab` alone in it would hide `hf` and all
 others, so that list is read first; it holds names only.
