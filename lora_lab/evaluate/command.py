@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import lm_eval.evaluator  # before its TaskManager is exchanged below, which it would keep
 import lm_eval.tasks
+import lm_eval.utils
 import torch
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import (
@@ -22,7 +25,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from lm_eval._cli.run import Run
-from lm_eval.utils import setup_logging
 from safetensors import SafetensorError
 
 from lora_lab.errors import InputError, LabError, MachineError, Problem
@@ -50,10 +52,10 @@ def score(command: Command, *, pretrained: str) -> None:
     options.model_args = {**command.model_args, "pretrained": pretrained}
     options.tasks = list(command.tasks.names)
     options.include_path = list(command.tasks.folders) or None
-    setup_logging()
     with (
+        _log_of_lm_eval(),
         kept_random_state(),
-        data_cache(command.line.cache, offline=False),
+        data_cache(command.line.cache, offline=_is_all_here(command, options.model_args)),
         _index_of(command.tasks.needs_defaults),
         _errors_of_ours(),
     ):
@@ -69,6 +71,30 @@ def pass_on(line: CommandLine) -> int:
         return 2 if stop.code else 0
     sys.stdout.flush()
     return 0
+
+
+def _is_all_here(command: Command, model_args: Mapping[str, Any]) -> bool:
+    """Whether model and rows are local files; `datasets` would knock at the hub and wait all the same."""
+    sources = [model_args.get(key) for key in ("pretrained", "peft", "delta", "tokenizer")]
+    is_local = all(Path(source).is_dir() for source in sources if source is not None)
+    return is_local and set(command.tasks.names) == set(command.tasks.prepared)
+
+
+@contextlib.contextmanager
+def _log_of_lm_eval() -> Iterator[None]:
+    """lm-eval's log on standard error, as its own command writes it; afterwards its logger is as before."""
+    logger = logging.getLogger("lm_eval")
+    handlers, propagate, level = list(logger.handlers), logger.propagate, logger.level
+    is_set_up = lm_eval.utils._LOGGING_CONFIGURED
+    lm_eval.utils._LOGGING_CONFIGURED = False
+    logger.handlers[:] = []
+    lm_eval.utils.setup_logging()
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+        lm_eval.utils._LOGGING_CONFIGURED = is_set_up
 
 
 @contextlib.contextmanager

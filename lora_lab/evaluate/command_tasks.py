@@ -1,4 +1,4 @@
-"""`--tasks` of `lora-lab eval`: which are lm-eval's business, and which need task files of ours."""
+"""Tasks that `lora-lab eval` was asked for: all of them there, and those whose rows are local files prepared."""
 
 from __future__ import annotations
 

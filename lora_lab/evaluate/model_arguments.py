@@ -34,7 +34,7 @@ def model_argument_problems(arguments: Mapping[str, Any], lab_models: Sequence[s
     if "revision" in arguments and is_lab_model(arguments.get("pretrained"), lab_models):
         message = f"{arguments['pretrained']} is a model of the lab, which has its revision; give pretrained=org/name"
         problems.append(Problem(f"{FLAG} revision", message))
-    return [*problems, *_engine_problems(arguments)]
+    return [*problems, *_value_problems(arguments)]
 
 
 def is_lab_model(pretrained: object, lab_models: Sequence[str]) -> bool:
@@ -94,13 +94,24 @@ def _without(where: str, folder: Path, marker: str) -> Problem:
     return Problem(where, message)
 
 
-def _engine_problems(arguments: Mapping[str, Any]) -> Iterator[Problem]:
+def _value_problems(arguments: Mapping[str, Any]) -> Iterator[Problem]:
+    """lm-eval reads a value as a number where it can, and else hands the text on as it is."""
     from lora_lab.evaluate.lab_model import Engine
 
-    engines = get_args(Engine)
-    engine = arguments.get("engine", engines[0])
-    if engine not in engines:
-        yield Problem(f"{FLAG} engine", f'no such engine "{engine}"{nearest(str(engine), engines)}')
-    tokens = arguments.get("chunk_tokens")
-    if tokens is not None and (type(tokens) is not int or tokens < 1):
-        yield Problem(f"{FLAG} chunk_tokens", f"expected a whole number >= 1, got {tokens!r}; leave it out to choose")
+    for key, choices in (("engine", get_args(Engine)), ("dtype", _dtypes())):
+        value = arguments.get(key, choices[0])
+        if value not in choices:
+            yield Problem(f"{FLAG} {key}", f'no such {key} "{value}"{nearest(str(value), choices)}')
+    for key in ("chunk_tokens", "max_length"):
+        value = arguments.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            yield Problem(f"{FLAG} {key}", f"expected a whole number >= 1, got {value!r}; leave it out for the default")
+
+
+def _dtypes() -> list[str]:
+    import torch
+
+    found = {
+        name for name in dir(torch) if isinstance(one := getattr(torch, name), torch.dtype) and one.is_floating_point
+    }
+    return ["auto", *sorted(found)]
