@@ -168,7 +168,7 @@ def test_config_file_and_a_table_on_standard_output_only(lab: Lab, tmp_path: Pat
     assert answer.code == 0, answer.err
     assert "|prose_completion|" in answer.out and "INFO" not in answer.out
     assert "Selected Tasks: ['skills_unseen', 'prose_completion']" in answer.err
-    assert lm_eval.utils._LOGGING_CONFIGURED == before
+    assert before == lm_eval.utils._LOGGING_CONFIGURED
     file.write_text("model: hf\nuse_cache: x\nmodel_args: {pretrained: tiny_random}\ntasks: skills_unseen\n")
     refused = call("eval", "-C", str(file), "--cache", str(lab.cache))
     assert refused.code == 2
@@ -223,7 +223,7 @@ def test_bad_calls(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lora_lab.evaluate.lab_model.LabModel.__init__", None)  # no model loads
+    monkeypatch.setattr("lora_lab.evaluate.command.score", lambda *_, **__: pytest.fail("a model would load"))
     answer = call("eval", *arguments, "--cache", str(lab.cache))
     assert (answer.code, answer.out) == (2, "")
     assert said in answer.err
@@ -268,10 +268,8 @@ def test_help_is_lm_evals_under_our_name_and_needs_no_torch() -> None:
 
 
 def test_tasks_are_validated_by_lm_eval(task_folder: Path) -> None:
-    right = call("eval", "validate", "--tasks", "sums,piqa", "--include_path", str(task_folder))
-    assert right.code == 0 and "All tasks found and valid" in right.out
-    wrong = call("eval", "validate", "--tasks", "sums,piqqa")
-    assert wrong.code == 2 and "Tasks not found: sums, piqqa" in wrong.out
+    answer = call("eval", "validate", "--tasks", "sums,piqa,piqqa", "--include_path", str(task_folder))
+    assert answer.code == 2 and "Tasks not found: piqqa\n" in answer.out
 
 
 def test_a_reader_that_leaves_early_is_no_error(lab: Lab) -> None:
@@ -292,7 +290,7 @@ assert "hf" in model_registry and len(model_registry) > 30, len(model_registry)
 assert "lora_lab" in model_registry
 import inspect, sys, lm_eval.api.registry
 assert "class Registry" in inspect.getsource(lm_eval.api.registry)
-assert not [finder for finder in sys.meta_path if type(finder).__module__ == "lora_lab.after_import" and "lm_eval" in finder.name]
+assert not [one for one in sys.meta_path if type(one).__module__ == "lora_lab.after_import" and "lm_eval" in one.name]
 """
 
 
