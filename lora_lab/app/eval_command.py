@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from lora_lab.errors import EvaluationError, LabError, Problem
-from lora_lab.evaluate.command_line import CommandLine, parse_command
+from lora_lab.evaluate.command.line import CommandLine, parse_command
 
 _NOT_SCORED = 3  # as a run that did not complete
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     line = parse_command(arguments[1:])
     if line.kind != "run":
-        from lora_lab.evaluate.command import pass_on  # imports torch, which --help can do without
+        from lora_lab.evaluate.command.run import pass_on  # imports torch, which --help can do without
 
         return pass_on(line)
     try:
@@ -34,9 +34,9 @@ def main(arguments: Sequence[str]) -> int:
 def _score(line: CommandLine) -> None:
     """Everything is checked first; a model of the lab is made or fetched where it is not in the cache yet."""
     from lora_lab.app.parts import Shelf
-    from lora_lab.evaluate.command import score
-    from lora_lab.evaluate.command_checks import check_command
-    from lora_lab.evaluate.model_arguments import is_lab_model
+    from lora_lab.evaluate.command.checks import check_command
+    from lora_lab.evaluate.command.model_arguments import is_lab_model
+    from lora_lab.evaluate.command.run import score
     from lora_lab.models.load import model_folder
     from lora_lab.schema.evaluation import Evaluation
 

@@ -223,7 +223,7 @@ def test_bad_calls(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lora_lab.evaluate.command.score", lambda *_, **__: pytest.fail("a model would load"))
+    monkeypatch.setattr("lora_lab.evaluate.command.run.score", lambda *_, **__: pytest.fail("a model would load"))
     answer = call("eval", *arguments, "--cache", str(lab.cache))
     assert (answer.code, answer.out) == (2, "")
     assert said in answer.err

@@ -28,8 +28,8 @@ from lm_eval._cli.run import Run
 from safetensors import SafetensorError
 
 from lora_lab.errors import InputError, LabError, MachineError, Problem
-from lora_lab.evaluate.command_checks import Command
-from lora_lab.evaluate.command_line import CommandLine
+from lora_lab.evaluate.command.checks import Command
+from lora_lab.evaluate.command.line import CommandLine
 from lora_lab.evaluate.registration import MODEL_NAME
 from lora_lab.evaluate.surroundings import data_cache, kept_random_state
 

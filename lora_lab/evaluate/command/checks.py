@@ -14,9 +14,9 @@ from typing import Any
 from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from lora_lab.errors import InputError, Problem, nearest
-from lora_lab.evaluate.command_line import CommandLine
-from lora_lab.evaluate.command_tasks import CommandTasks, command_tasks
-from lora_lab.evaluate.model_arguments import model_argument_problems, with_home
+from lora_lab.evaluate.command.line import CommandLine
+from lora_lab.evaluate.command.model_arguments import model_argument_problems, with_home
+from lora_lab.evaluate.command.tasks import CommandTasks, command_tasks
 from lora_lab.evaluate.registration import MODEL_NAME
 from lora_lab.schema.evaluation import Evaluation
 
