@@ -26,6 +26,10 @@ COMMANDS = {
         "adapters into the base, or several into one (linear, cat, svd, ties, dare)",
     ),
     "generate": ("lora_lab.app.model_commands", "what a run's model answers to a prompt"),
+    "eval": (
+        "lora_lab.app.eval_command",
+        "lm-eval's own command and flags, with the model lora_lab, outside the ledger",
+    ),
     "wandb": ("lora_lab.app.wandb_commands", "copy runs to W&B again (push), or make a study's workspace there"),
     "fetch": (
         "lora_lab.app.fetch_command",

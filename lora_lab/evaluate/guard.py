@@ -2,7 +2,8 @@
 
 Tolerance in nats per request. In float32 and float64: 1e-4 up to 100 scored tokens, and in proportion beyond. In other
 dtypes and on quantized weights rounding alone moves scores by more: three times what lm-eval's own differ by between
-batches of 1 and of 8, the most of any drawn request, and never less than the tolerance of float32.
+batches of 1 and of 8, the most of any drawn request. That can be 0 on a small model, so it is never less than one
+rounding of the score itself in the numbers it is made of, nor than the tolerance of float32.
 """
 
 from __future__ import annotations
@@ -50,35 +51,39 @@ class Verdict:
     spread: float | None
 
 
-def check_against_stock(requests: Sequence[Guarded], stock: Stock, *, exact: bool) -> Verdict:
-    """Compares drawn requests; `exact` is float32 or float64 arithmetic on plain weights.
+def check_against_stock(requests: Sequence[Guarded], stock: Stock, *, rounding: float | None) -> Verdict:
+    """Compares drawn requests.
+
+    rounding: the relative rounding (machine epsilon) of the narrowest numbers in the arithmetic, or None where it is
+    float32 or float64 throughout.
 
     Raises:
         EvaluationError: beyond the tolerance; shows the worst request with both values.
     """
     drawn = draw([one.task for one in requests], [one.tokens for one in requests])
-    if exact:
+    if rounding is None:
         theirs, spread = stock(drawn, None), None
     else:
         alone, theirs = (stock(drawn, size) for size in _BATCHES)
         spread = max((abs(one - other) for one, other in zip(alone, theirs, strict=True)), default=0.0)
     differences = [abs(requests[index].value - value) for index, value in zip(drawn, theirs, strict=True)]
-    shares = [
-        difference / tolerance(requests[index].scored, spread)
-        for index, difference in zip(drawn, differences, strict=True)
+    allowed = [
+        tolerance(requests[index].scored, spread, grain=(rounding or 0.0) * abs(value))
+        for index, value in zip(drawn, theirs, strict=True)
     ]
+    shares = [difference / most for difference, most in zip(differences, allowed, strict=True)]
     # A NaN is in no order: whatever is not within its tolerance is beyond it.
     worst = next((place for place, share in enumerate(shares) if not share <= 1), None)
     if worst is not None:
         worst = max(range(len(drawn)), key=lambda place: (not shares[place] <= 1, shares[place]))
-        raise EvaluationError(_problem(requests[drawn[worst]], theirs[worst], spread))
+        raise EvaluationError(_problem(requests[drawn[worst]], theirs[worst], allowed[worst]))
     return Verdict(len(drawn), max(differences, default=0.0), max(shares, default=0.0), spread)
 
 
-def tolerance(scored: int, spread: float | None) -> float:
-    """Nats by which two scores of `scored` tokens may differ; spread: see `Verdict`."""
+def tolerance(scored: int, spread: float | None, *, grain: float) -> float:
+    """Nats by which two scores of `scored` tokens may differ; spread: see `Verdict`, grain: the score's rounding."""
     own = _TOLERANCE * max(1.0, scored / _TOKENS)
-    return own if spread is None else max(own, _SPREADS * spread)
+    return own if spread is None else max(own, _SPREADS * spread, grain)
 
 
 def draw(tasks: Sequence[str], tokens: Sequence[int]) -> list[int]:
@@ -116,8 +121,7 @@ def _spread(indices: Sequence[int]) -> list[int]:
     return [indices[place * len(indices) // count] for place in range(count)]
 
 
-def _problem(request: Guarded, theirs: float, spread: float | None) -> Problem:
-    allowed = tolerance(request.scored, spread)
+def _problem(request: Guarded, theirs: float, allowed: float) -> Problem:
     text = ""
     if request.texts is not None:
         context, continuation = request.texts

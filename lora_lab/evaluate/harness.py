@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from lora_lab.errors import EvaluationError, LabError, MachineError, Problem
 from lora_lab.evaluate.guard_note import GuardNote
 from lora_lab.evaluate.heldout import scoring_mode
 from lora_lab.evaluate.lab_model import LabModel
+from lora_lab.evaluate.near_ties import near_ties
 from lora_lab.evaluate.readings import read_metrics, task_hashes
 from lora_lab.evaluate.surroundings import console_to, data_cache, kept_random_state, one_environment_report
 from lora_lab.evaluate.tasks import PreparedTasks, prepare_tasks
+from lora_lab.evaluate.tree.scores import Progress
+from lora_lab.record.atomic import write_json
 from lora_lab.record.result import Metric
 from lora_lab.schema.evaluation import Evaluation
 
@@ -48,13 +52,16 @@ def evaluate_model(
     cache: Path,
     output: Path,
     guard_note: GuardNote | None = None,
+    progress: Progress = lambda _read, _total: None,
 ) -> Scores:
     """Scores `model`, where it is, on the tasks of `evaluation`; held-out rows are not among them (`score_heldout`).
 
     guard_note: where it is kept that the tree agrees with lm-eval's engine on this base and kind of adapter.
+    progress: told after each pass of the tree how many tokens have been read, and of how many.
 
     `output` (made if need be) gets lm-eval's returned mapping as `results.json`, its samples as `samples_TASK.jsonl`,
-    and what it printed as `lm_eval.log`. lm-eval's own caches are never used: their keys lack limit and data revision.
+    what it printed as `lm_eval.log`, and documents that could turn within rounding as `near_ties.json`. lm-eval's own
+    caches are never used: their keys lack limit and data revision.
     Global random state, the model's training flags and the tokenizer are as before afterwards.
 
     Raises:
@@ -81,12 +88,15 @@ def evaluate_model(
             engine=evaluation.engine,
             chunk_tokens=evaluation.chunk_tokens,
             guard_note=guard_note,
-            shows_progress=False,
+            progress=progress,
         )
         results = _simple_evaluate(lm, tasks, evaluation, log=log)
     _write_files(results, output)
+    ties = near_ties(results, spread=lm.spread, rounding=lm.rounding() or 0.0)
+    write_json(output / "near_ties.json", [asdict(tie) for tie in ties])
     metrics, missing = read_metrics(results, chance=tasks.chance)
-    return Scores(metrics, missing, _facts(results, evaluation, lm), time.perf_counter() - begin)
+    facts = _facts(results, evaluation, lm) | {"near_ties": Counter(f"{tie.task}/{tie.measure}" for tie in ties)}
+    return Scores(metrics, missing, facts, time.perf_counter() - begin)
 
 
 def _simple_evaluate(lm: LabModel, tasks: PreparedTasks, evaluation: Evaluation, *, log: Path) -> dict[str, Any]:

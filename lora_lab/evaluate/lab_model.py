@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress as Bar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,10 +19,11 @@ from lora_lab.adapters.prompts import virtual_tokens
 from lora_lab.evaluate.checked_model import CheckedModel, check_finite
 from lora_lab.evaluate.guard import Guarded, Verdict, check_against_stock, read_verdict, write_verdict
 from lora_lab.evaluate.guard_note import GuardNote
-from lora_lab.evaluate.tree.scores import Answer, TreePlan, plan_rows, score_plan
+from lora_lab.evaluate.tree.scores import Answer, Progress, TreePlan, plan_rows, score_plan
 from lora_lab.evaluate.tree.sizes import budget_of, costs_of
 from lora_lab.evaluate.tree.support import why_not_tree
 from lora_lab.evaluate.tree.token_tree import ScoredRow
+from lora_lab.models.packed import is_eight_bit
 
 Engine = Literal["tree", "stock"]
 # lm-eval's tokenised pair: (texts or None, context, continuation).
@@ -35,16 +36,17 @@ _BATCH_SIZE = 8
 class LabModel(CheckedModel):
     """HFLM whose log-likelihoods come from a prefix tree; it takes HFLM's own settings besides these.
 
-    Tokens, truncation and arithmetic are lm-eval's. Where the tree is not valid for the model, lm-eval's own batches
-    run instead, and `engine_facts` says why. The same requests in another order give the same bits; other requests
-    beside them, or other `chunk_tokens`, move a score within rounding.
+    Tokens, truncation and arithmetic are lm-eval's, of `logits_cache=False`: its shortcut for requests with the same
+    input (0.4.13, `Collator.get_cache`) scores a shorter continuation at the positions of a longer one. Where the tree
+    is not valid for the model, lm-eval's own batches run instead, and `engine_facts` says why. The same requests in
+    another order give the same bits; other requests beside them, or other `chunk_tokens`, move a score within rounding.
 
     Args:
         engine: `tree`, or `stock` for lm-eval's own batches.
         chunk_tokens: tokens of one forward pass; None chooses (`budget_of`).
         guard: whether drawn requests are scored by lm-eval's engine too, once per model object and kind of request, or
             once per `guard_note`.
-        shows_progress: bars like lm-eval's own.
+        progress: told (tokens read, of how many) after each pass; None draws a bar in a terminal.
 
     engine_facts: one entry per call: kind of request, engine, why it is not the tree, sizes, counts, guard's verdict.
 
@@ -62,7 +64,7 @@ class LabModel(CheckedModel):
         chunk_tokens: int | None = None,
         guard: bool = True,
         guard_note: GuardNote | None = None,
-        shows_progress: bool = True,
+        progress: Progress | None = None,
         **settings: Any,
     ) -> None:
         if engine not in ("tree", "stock"):
@@ -72,10 +74,16 @@ class LabModel(CheckedModel):
         super().__init__(pretrained, tokenizer=tokenizer, **settings)
         self.engine, self.chunk_tokens = engine, chunk_tokens
         self.engine_facts: list[dict[str, Any]] = []
-        self._guard, self._guard_note, self._shows_progress = guard, guard_note, shows_progress
+        self._guard, self._guard_note, self._progress = guard, guard_note, progress
         self._verdicts: dict[str, Verdict] = {}
         self._facts: dict[str, Any] = {}  # of the call that goes on
         self._scored: tuple[Sequence[Pair], TreePlan] | None = None
+
+    @property
+    def spread(self) -> float | None:
+        """What lm-eval's own scores differ by between batch sizes, as the guard measured it; None where it did not."""
+        spreads = [verdict.spread for verdict in self._verdicts.values() if verdict.spread is not None]
+        return max(spreads, default=None)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """[(log-likelihood in nats, whether greedy decoding gives the continuation)], one per request."""
@@ -114,19 +122,23 @@ class LabModel(CheckedModel):
         budget = budget_of(self.model, self.chunk_tokens)
         plan = plan_rows(rows, budget, costs_of(self.model))
         self._facts |= asdict(budget) | asdict(plan.counts)
-        with self._progress(plan.counts.computed_tokens) as done:
+        with self._shown() as progress:
             answers = score_plan(
-                self.model, plan, softmax_dtype=self.softmax_dtype, autocast=self._autocast(), done=done
+                self.model, plan, softmax_dtype=self.softmax_dtype, autocast=self._autocast(), progress=progress
             )
         self._scored = (requests, plan)
         return answers
 
     @contextlib.contextmanager
-    def _progress(self, tokens: int) -> Iterator[Callable[[int], None]]:
+    def _shown(self) -> Iterator[Progress]:
+        """The progress that was given, or a bar."""
+        if self._progress is not None:
+            yield self._progress
+            return
         console = Console(stderr=True)
-        with Progress(console=console, disable=not (self._shows_progress and console.is_terminal)) as bar:
-            task = bar.add_task("scoring (tokens)", total=tokens)
-            yield lambda read: bar.advance(task, read)
+        with Bar(console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("scoring (tokens)", total=None)
+            yield lambda read, total: bar.update(task, completed=read, total=total)
 
     def _engine(self, requests: Sequence[Pair]) -> str:
         """The engine of the current call, decided at its first tokens and noted."""
@@ -178,7 +190,7 @@ class LabModel(CheckedModel):
                 Guarded(str(owner.task_name), int(owner.doc_id), pair[0], len(row.tokens), len(row.targets), value)
                 for owner, pair, row, value in zip(owners, pairs, plan.rows, values, strict=True)
             ]
-            verdict = check_against_stock(guarded, self._stock_of(pairs), exact=self._is_exact())
+            verdict = check_against_stock(guarded, self._stock_of(pairs), rounding=self.rounding())
             if self._guard_note is not None:
                 write_verdict(self._guard_note.path(kind), verdict, self._guard_note.about)
         self._verdicts[kind] = verdict
@@ -186,20 +198,25 @@ class LabModel(CheckedModel):
 
     def _stock_of(self, pairs: Sequence[Pair]) -> Any:
         def scores(indices: Sequence[int], batch_size: int | None) -> list[float]:
-            own = self.batch_size
+            own, shortcut = self.batch_size, self.logits_cache
             self.batch_size_per_gpu: Any = batch_size or (own if isinstance(own, int) else _BATCH_SIZE)
+            self.logits_cache: bool = False
             try:
                 chosen = [pairs[index] for index in indices]
                 return [value for value, _ in HFLM._loglikelihood_tokens(self, chosen, disable_tqdm=True)]
             finally:
-                self.batch_size_per_gpu = own
+                self.batch_size_per_gpu, self.logits_cache = own, shortcut
 
         return scores
 
-    def _is_exact(self) -> bool:
-        """Whether rounding is float32's: neither weights nor arithmetic are narrower."""
-        plain = self.model.dtype in (torch.float32, torch.float64) and self.mixed_precision_dtype is None
-        return plain and getattr(self.model.config, "quantization_config", None) is None
+    def rounding(self) -> float | None:
+        """Machine epsilon of the narrowest numbers that scores are made of; None for plain float32 and float64."""
+        dtypes = {self.model.dtype, self.mixed_precision_dtype or self.model.dtype}
+        if any(is_eight_bit(module) for module in self.model.modules()):
+            dtypes.add(torch.float16)  # LLM.int8 rounds what enters a product to it
+        rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
+        is_quantized = getattr(self.model.config, "quantization_config", None) is not None
+        return rounding if is_quantized or rounding > torch.finfo(torch.float32).eps else None
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         dtype = self.mixed_precision_dtype

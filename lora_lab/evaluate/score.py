@@ -17,6 +17,7 @@ from lora_lab.evaluate.guard_note import guard_note
 from lora_lab.evaluate.harness import Scores, evaluate_model
 from lora_lab.evaluate.heldout import HeldoutScores, score_heldout
 from lora_lab.evaluate.routing import routing_summary, write_routing
+from lora_lab.evaluate.tree.scores import Progress
 from lora_lab.record.run_record import HELDOUT_FILE
 from lora_lab.schema.evaluation import Evaluation
 from lora_lab.schema.method import ROUTED_KINDS
@@ -32,17 +33,20 @@ def score_model(
     *,
     cache: Path,
     output: Path,
+    progress: Progress,
 ) -> Scores:
     """Scores `model` where it is; per-example files and sample answers go to `output`.
 
-    heldout, rows: the held-out rows, as tokens and as text.
+    heldout, rows: the held-out rows, as tokens and as text. progress: see `evaluate_model`.
 
     Raises:
         EvaluationError: a score is not finite, or lm-eval refuses.
     """
     evaluation = trial.evaluation
     note = guard_note(trial, device=model.device.type, cache=cache)
-    scores = evaluate_model(model, tokenizer, evaluation, cache=cache, output=output, guard_note=note)
+    scores = evaluate_model(
+        model, tokenizer, evaluation, cache=cache, output=output, guard_note=note, progress=progress
+    )
     tasks = tuple(scores.facts.get("task_hashes", ()))
     why = write_answers(model, tokenizer, rows, evaluation.answers, template=trial.data.template, output=output)
     if why is not None:

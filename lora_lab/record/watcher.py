@@ -25,7 +25,7 @@ class Watcher(Protocol):
         """An attempt at a run begins. `steps` is 0 where nothing is trained or the number is not known."""
 
     def phase(self, run_id: str, text: str) -> None:
-        """The run enters a phase: loading, measuring memory, training, saving, scoring."""
+        """The run enters a phase: loading, measuring memory, training, saving, scoring (after a colon: how far)."""
 
     def step(self, run_id: str, step: int, values: StepValues) -> None:
         """A step is done; `values` as in the step log."""

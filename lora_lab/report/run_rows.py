@@ -5,6 +5,7 @@ Columns that do not fit are left out, the least important first, and long names 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -94,8 +95,8 @@ def _columns(runs: Sequence[RunView]) -> dict[str, _Column]:
     kinds = {run.memory_key for run in runs if run.memory_key is not None}
     memory = _MEMORY_TITLES[kinds.pop()] if len(kinds) == 1 else "memory"
     return {
-        # A phase may have a second word (measuring memory).
-        "state": _Column("state", tuple(run.state.partition(" ")[0] for run in runs), 9, "left", is_needed=True),
+        # A phase may have a second word (measuring memory), and a share after a colon.
+        "state": _Column("state", tuple(re.split("[ :]", run.state)[0] for run in runs), 9, "left", is_needed=True),
         "steps": _Column("steps", tuple(map(_steps_text, runs)), 5, is_needed=True),
         "loss": _Column("loss", tuple(map(_loss_text, runs)), 6, is_needed=True),
         "speed": _Column("tokens/s", tuple(map(_speed_text, runs)), 8),
@@ -129,6 +130,8 @@ def _texts(texts: Iterable[str], styles: Iterable[str]) -> list[RenderableType]:
 
 
 def _steps_text(run: RunView) -> str:
+    if share := run.state.partition(": ")[2]:  # scoring says how far it is; its steps are all done
+        return share
     if run.steps:
         return f"{run.step}/{run.steps}"
     return str(run.step) if run.step else UNKNOWN

@@ -131,7 +131,9 @@ class Sweep:
         """The run enters a phase."""
         with self._lock:
             if (run := self._open.get(run_id)) is not None:
-                run.phase, run.phase_since = text, self._clock()
+                if text.partition(":")[0] != run.phase.partition(":")[0]:
+                    run.phase_since = self._clock()
+                run.phase = text
 
     def step(self, run_id: str, step: int, values: StepValues) -> None:
         """An optimizer step is done; `values` as in the step log."""

@@ -129,6 +129,7 @@ def _carry_out(
                 job.trial,
                 cache=cache,
                 output=folder.eval_folder,
+                progress=lambda read, total: watcher.phase(folder.run_id, f"scoring: {read / total:.0%}"),
             )
         gathered.metrics |= scores.metrics
         gathered.missing |= scores.missing

@@ -28,6 +28,8 @@ def small(lab: Lab, arguments: list[str]) -> list[str]:
         return [*arguments, f"root='{lab.root}'"]
     if command in ("run", "plan"):
         return [command, *lab.tiny(*rest)]
+    if command == "eval":
+        arguments = [argument.replace("smollm2_135m", "tiny_random") for argument in arguments]
     cache = [] if command in ("runs", "report", "compare", "wandb") else ["--cache", str(lab.cache)]
     return [*arguments, "--root", str(lab.root), *cache]
 

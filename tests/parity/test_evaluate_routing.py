@@ -7,7 +7,6 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from lora_lab.evaluate import routing
 from lora_lab.evaluate.routing import routing_summary, write_routing
 from lora_lab.evaluate.score import score_model
 from lora_lab.models.random import SPECIAL_IDS, byte_tokenizer, random_network
+from tests.conftest import MakeTrial
 from tests.evaluation_samples import TINY_SHAPE, evaluation
 
 EXPERTS = 4
@@ -247,14 +247,12 @@ def test_an_adapter_without_a_router_is_refused(tmp_path: Path) -> None:
         write_routing(mixture(), TOKENIZER, *rows_of(TEXTS), [], tmp_path, adapter_name="another")
 
 
-def test_scores_are_the_same_with_and_without(tmp_path: Path) -> None:
+def test_scores_are_the_same_with_and_without(make_trial: MakeTrial, tmp_path: Path) -> None:
     heldout, rows = rows_of(TEXTS)
     wanted = evaluation("skills_trained", "skills_unseen", heldout=True)
     found = {}
     for kind in ("molora", "lora"):
-        trial = SimpleNamespace(
-            evaluation=wanted, method=SimpleNamespace(kind=kind), data=SimpleNamespace(template="plain")
-        )
+        trial = make_trial(f"method={kind}").model_copy(update={"evaluation": wanted})
         output = tmp_path / kind
         found[kind] = score_model(
             mixture(),
@@ -263,7 +261,8 @@ def test_scores_are_the_same_with_and_without(tmp_path: Path) -> None:
             rows,
             trial,
             cache=tmp_path / "cache",
-            output=output,  # type: ignore[arg-type]
+            output=output,
+            progress=lambda _read, _total: None,
         )
         assert (output / "routing.json").is_file() == (kind == "molora")
     assert found["molora"].metrics == found["lora"].metrics

@@ -18,6 +18,8 @@ from lora_lab.evaluate.tree.token_tree import Nodes, ScoredRow, TokenTree, token
 _SLICE = 64
 
 Answer = tuple[float, bool]
+# Told after each pass how many tokens have been read, and of how many.
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def score_plan(
     *,
     softmax_dtype: torch.dtype | None = None,
     autocast: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - it has no state
-    done: Callable[[int], None] = lambda _tokens: None,
+    progress: Progress = lambda _read, _total: None,
 ) -> list[Answer]:
     """[(log-likelihood in nats, whether each target is the argmax)] in the order of the plan's rows.
 
@@ -82,11 +84,12 @@ def score_plan(
         model: in evaluation mode; a causal LM of transformers, or a PeftModel around one.
         softmax_dtype: HFLM's setting.
         autocast: a context for forward passes; logits are normalised outside it, as in HFLM.
-        done: told after each pass how many tokens it has read.
+        progress: told after each pass.
     """
     if not plan.rows:
         return []
     asked = _Asked.of(plan)
+    read, total = 0, plan.counts.computed_tokens
     values: list[Tensor] = []
     order: list[Nodes] = []
     greedy = np.full(plan.tree.size, -1, dtype=np.int64)
@@ -94,6 +97,7 @@ def score_plan(
     open_nodes[asked.nodes] = True
     with tree_forward(model, plan.tree) as forward:
         for one in plan.passes:
+            read += one.tokens
             found = np.unique(np.concatenate(one.rows))
             wanted = found[open_nodes[found]]
             open_nodes[wanted] = False
@@ -106,7 +110,7 @@ def score_plan(
             values.append(scores)
             order.append(pairs)
             greedy[wanted] = best
-            done(one.tokens)
+            progress(read, total)
     return _answers(plan, asked, torch.cat(values), np.concatenate(order), greedy)
 
 

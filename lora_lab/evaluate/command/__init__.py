@@ -1,0 +1,1 @@
+"""`lora-lab eval`: lm-eval's own command with our model."""
