@@ -4,19 +4,26 @@ A document's metric is a function of its log-likelihoods. So where these agree w
 not, lm-eval's own value lies within the tolerance of the edge between both: a near-tie. That a continuation is what
 greedy decoding gives, and the text that is generated, hang on single logits instead: there the two best logits at the
 token where the engines part must be as close.
+
+lm-eval answers requests with the same input from one row of logits, and then scores a shorter continuation at the
+positions of a longer one (0.4.13, `Collator.get_cache`). So a request beyond the tolerance is scored once more by
+lm-eval alone, without others to share with.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from lm_eval.models.huggingface import HFLM
 
 from lora_lab.evaluate.guard import tolerance
+from lora_lab.evaluate.lab_model import Pair
 from tests.benchmarks.eval_timing import Call, EngineRun, TimedModel
 
 Document = tuple[str, int]
@@ -42,25 +49,40 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
+class Beyond:
+    """A request whose log-likelihoods differ by more than the tolerance. alone: lm-eval's own without other requests
+    beside it; None where it is a rolling one."""
+
+    task: str
+    document: int
+    stock: float
+    ours: float
+    alone: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Agreement:
     """largest_difference: of log-likelihoods, in nats; None without any. largest_share: of the tolerance, which grows
     with the scored tokens. other_texts: generated texts that are not the same. documents_that_differ: those with
-    another metric."""
+    another metric. beyond: requests beyond the tolerance."""
 
     largest_difference: float | None
     largest_share: float | None
     other_texts: int | None
     documents_that_differ: Sequence[Difference]
+    beyond: Sequence[Beyond]
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """One request's answers. gap: of logits where the engines choose different tokens, else None."""
+    """One request's answers. gap: of logits where the engines choose different tokens, else None. beyond: where the
+    log-likelihoods differ by more than the tolerance."""
 
     difference: float | None
     share: float | None
     has_other_text: bool
     gap: float | None
+    beyond: Beyond | None = None
 
 
 def compare(stock: EngineRun, ours: EngineRun, lm: TimedModel) -> Agreement:
@@ -77,6 +99,7 @@ def compare(stock: EngineRun, ours: EngineRun, lm: TimedModel) -> Agreement:
         largest_share=max((request.share for request in found if request.share is not None), default=None),
         other_texts=sum(request.has_other_text for request in found) if texts else None,
         documents_that_differ=list(_differences(stock.samples, ours.samples, requests)),
+        beyond=[request.beyond for request in found if request.beyond is not None],
     )
 
 
@@ -87,15 +110,32 @@ def _requests(theirs: Call, own: Call, lm: TimedModel) -> Iterator[tuple[Documen
             gap = None if one == other else _text_gap(lm, request.args[0], one, other)
             yield document, _Request(None, None, one != other, gap)
         elif own.kind == "loglikelihood_rolling":
-            yield document, _scored(one, other, len(lm.tok_encode(request.args[0])), None)
+            tokens = len(lm.tok_encode(request.args[0]))
+            yield document, _scored(document, one, other, tokens, gap=None, alone=lambda: None)
         else:
-            _, context, continuation = own.pairs[place]
-            gap = None if one[1] == other[1] else _greedy_gap(lm, context, continuation)
-            yield document, _scored(one[0], other[0], len(continuation), gap)
+            pair = own.pairs[place]
+            gap = None if one[1] == other[1] else _greedy_gap(lm, *pair[1:])
+            alone = partial(_alone, lm, pair)
+            yield document, _scored(document, one[0], other[0], len(pair[2]), gap=gap, alone=alone)
 
 
-def _scored(one: float, other: float, tokens: int, gap: float | None) -> _Request:
-    return _Request(abs(one - other), abs(one - other) / tolerance(tokens, None), False, gap)
+def _scored(
+    document: Document,
+    one: float,
+    other: float,
+    tokens: int,
+    *,
+    gap: float | None,
+    alone: Callable[[], float | None],
+) -> _Request:
+    difference = abs(one - other)
+    share = difference / tolerance(tokens, None, grain=0.0)
+    return _Request(difference, share, False, gap, Beyond(*document, one, other, alone()) if share > 1 else None)
+
+
+def _alone(lm: TimedModel, pair: Pair) -> float:
+    """lm-eval's own log-likelihood of one request."""
+    return float(HFLM._loglikelihood_tokens(lm, [pair], disable_tqdm=True)[0][0])
 
 
 def _differences(
@@ -110,7 +150,7 @@ def _differences(
             nats = max((one.difference for one in answers if one.difference is not None), default=None)
             logit = max((one.gap for one in answers if one.gap is not None), default=None)
             shares = [one.share for one in answers if one.share is not None]
-            near = all(share <= 1 for share in shares) and (logit is None or logit <= 2 * tolerance(1, None))
+            near = all(share <= 1 for share in shares) and (logit is None or logit <= 2 * tolerance(1, None, grain=0.0))
             for metric in theirs["metrics"]:
                 values = _number(theirs[metric]), _number(own[metric])
                 if _differs(*values, moved=nats or 0.0):

@@ -61,7 +61,9 @@ def chunk_spread(bench: Bench, growth: Growth, report: Report) -> dict[str, Any]
         "rows": {row.name: dict(row.documents) for row in growth.spread},
         "requests": len(spreads),
         "largest_spread": max(spreads),
-        "largest_share": max(spread / tolerance(count, None) for spread, count in zip(spreads, scored, strict=True)),
+        "largest_share": max(
+            spread / tolerance(count, None, grain=0.0) for spread, count in zip(spreads, scored, strict=True)
+        ),
         "budgets": budgets,
     }
 

@@ -49,6 +49,12 @@ def _metrics(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"    {name:<44}{values['stock']:.6f}   ours {_number(values['ours'], '.6f')}"
     if row["other_texts"] is not None:
         yield f"    other texts: {row['other_texts']} of {row['requests']}"
+    for one in row["beyond"]:
+        where = f"{one['task']} document {one['document']}"
+        yield (
+            f"    BEYOND the tolerance: {where}, {one['stock']:.6f} against {one['ours']:.6f}; lm-eval's own without "
+            f"other requests beside it {_number(one['alone'], '.6f')}"
+        )
     for one in row["documents_that_differ"]:
         near = "a near-tie within the tolerance" if one["is_near_tie"] else "NOT a near-tie"
         gaps = f"log-likelihoods {_number(one['log_likelihood'], '.1e')}, logits {_number(one['logit'], '.1e')} apart"

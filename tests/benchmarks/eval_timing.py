@@ -64,7 +64,7 @@ class TimedModel(LabModel):
         self._stock_tokens = 0
         self.calls: list[Call] = []
         self.guard_seconds = 0.0
-        super().__init__(*args, shows_progress=False, **settings)
+        super().__init__(*args, progress=lambda _read, _total: None, **settings)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Timed."""

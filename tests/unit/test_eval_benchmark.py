@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 from lora_lab.models.random import byte_tokenizer, random_network
 from tests.benchmarks.eval_compare import compare
@@ -17,7 +18,7 @@ from tests.benchmarks.eval_plot import write_plot
 from tests.benchmarks.eval_rows import ROWS, Row, chosen_rows
 from tests.benchmarks.eval_speed import measure_row
 from tests.benchmarks.eval_table import rows_text, tail_text
-from tests.benchmarks.eval_timing import Bench, EngineRun, run_row
+from tests.benchmarks.eval_timing import Bench, Call, EngineRun, run_row
 from tests.benchmarks.eval_work import Work, work_of
 from tests.evaluation_samples import TINY_SHAPE
 
@@ -103,6 +104,8 @@ def test_a_choice_that_flips_is_a_near_tie_within_the_tolerance_only(
     (found,) = agreement.documents_that_differ
     assert (found.task, found.document, found.metric, found.ours) == ("skills_trained", 0, "acc", other)
     assert found.is_near_tie is near
+    assert len(agreement.beyond) == (0 if near else len(answers))
+    assert all(one.alone == pytest.approx(one.stock, abs=1e-4) for one in agreement.beyond), "of lm-eval on its own"
 
 
 def test_a_greedy_flag_that_flips_is_a_near_tie_where_logits_are(bench: Bench, runs: dict[str, EngineRun]) -> None:
@@ -131,3 +134,29 @@ def test_rows_are_chosen_and_sized() -> None:
     assert [row.name for row in chosen_rows(None, {}, quick=False)] == [row.name for row in ROWS]
     with pytest.raises(ValueError, match="hellaswag"):
         chosen_rows(["hellaswag"], {}, quick=False)
+
+
+def test_texts_that_part_are_judged_by_the_logits_there(bench: Bench) -> None:
+    lm = bench.models["tree"]
+    request = Instance("generate_until", {}, ("Q: ab", {}), 0, metadata=("gsm8k", 4, 1))
+    sample = {"doc_id": 4, "metrics": ["exact_match"], "filter": "strict-match", "exact_match": 0.0}
+    runs = [
+        EngineRun(
+            engine="any",
+            seconds=1.0,
+            other_seconds=0.0,
+            calls=[Call("generate_until", 1.0, [request], [text], [], 0, {})],
+            metrics={},
+            samples={"gsm8k": [{**sample, "exact_match": value}]},
+            documents={},
+        )
+        for text, value in (("cde", 0.0), ("cdf", 1.0))
+    ]
+    agreement = compare(*runs, lm)
+    (found,) = agreement.documents_that_differ
+    with torch.no_grad():
+        logits = lm.model(torch.tensor([lm.tok_encode("Q: abcd")])).logits[0, -1]
+    (first,), (second,) = (lm.tok_encode(f"Q: abcd{text}")[-1:] for text in "ef")
+    assert found.logit == pytest.approx(float((logits[first] - logits[second]).abs()), rel=1e-4)
+    assert (found.document, found.metric, found.is_near_tie) == (4, "exact_match,strict-match", False)
+    assert (agreement.other_texts, agreement.largest_difference) == (1, None)
