@@ -81,9 +81,11 @@ def _tail(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"guard: {guard['seconds']:.1f} s for {requests} requests, once per base and kind of adapter"
     if result["quick"]:
         yield "two documents of each task: its times mean nothing"
-    speeds = " and ".join(f"{speed:.0f}" for speed in result["matrix_product_gflops"])
-    loads = " and ".join(f"{load:.1f}" for load in result["load_average"])
-    yield f"{speeds} GFLOP/s in one large product before and after, load average {loads}"
+    speeds, loads = result["matrix_product_gflops"], result["load_average"]
+    yield (
+        f"{min(speeds):.0f} to {max(speeds):.0f} GFLOP/s in one large product between rows, load average "
+        f"{min(loads):.1f} to {max(loads):.1f} on {result['threads']} threads"
+    )
     yield f"{result['seconds']:.0f} s in all"
 
 

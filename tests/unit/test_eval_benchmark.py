@@ -16,7 +16,7 @@ from lora_lab.models.random import byte_tokenizer, random_network
 from tests.benchmarks.eval_compare import compare
 from tests.benchmarks.eval_plot import write_plot
 from tests.benchmarks.eval_rows import ROWS, Row, chosen_rows
-from tests.benchmarks.eval_speed import measure_row
+from tests.benchmarks.eval_speed import limit_of, measure_row
 from tests.benchmarks.eval_table import rows_text, tail_text
 from tests.benchmarks.eval_timing import Bench, Call, EngineRun, run_row
 from tests.benchmarks.eval_work import Work, work_of
@@ -62,7 +62,7 @@ def test_operations_of_the_tiny_shape(bench: Bench) -> None:
 
 
 def test_a_row_counts_what_the_engine_counts(bench: Bench, runs: dict[str, EngineRun], tmp_path: Path) -> None:
-    line = measure_row(bench, ROW, first="tree", gflops=1.0)
+    line = measure_row(bench, ROW, first="tree")
     (facts,) = line["facts"]
     assert (facts["engine"], line["engine"]) == ("tree", ["tree"])
     assert [line[name] for name in ("requests", "flat_tokens", "nodes")] == [
@@ -76,6 +76,8 @@ def test_a_row_counts_what_the_engine_counts(bench: Bench, runs: dict[str, Engin
     assert 0 <= line["largest_difference"] < 1e-4
     assert line["documents_that_differ"] == []
     assert all(values["stock"] == values["ours"] for values in line["metrics"].values())
+    limit = limit_of(line, gflops=2.0)
+    assert limit["share_of_limit"] * line["seconds"]["ours"] == pytest.approx(line["operations"] / 2e9)
     result = {
         "model": "tiny",
         "dtype": "float32",
@@ -85,7 +87,7 @@ def test_a_row_counts_what_the_engine_counts(bench: Bench, runs: dict[str, Engin
         "load_average": [0.0, 0.0],
         "matrix_product_gflops": [1.0, 1.0],
         "seconds": 1.0,
-        "rows": json.loads(json.dumps([line], allow_nan=False)),
+        "rows": json.loads(json.dumps([line | limit], allow_nan=False)),
     }
     write_plot(result, tmp_path / "plot.html")
     assert "<script" in (tmp_path / "plot.html").read_text()
