@@ -108,9 +108,9 @@ def _why_layers(network: Any, sections: list[Any], _depth: int) -> str | None:
     for section in sections:
         other = sorted({str(kind) for kind in _layer_types(section)} - set(_ATTENTION))
         if other:
-            return f"its {', '.join(other)} layers mix a token with its neighbours in the row, not with its ancestors"
+            return f"its recurrent or hybrid layers ({', '.join(other)}) run along the row, not along ancestors"
     if getattr(network, "_is_stateful", False):
-        return "its recurrent state runs along the row, not along a token's ancestors"
+        return "its recurrent state runs along the row, not along ancestors"
     return None
 
 
@@ -135,6 +135,10 @@ def _why_attention(network: Any, sections: list[Any], _depth: int) -> str | None
     implementation = sections[0]._attn_implementation or network.config._attn_implementation
     if implementation not in (None, *_ADDITIVE):
         return f"its attention implementation {implementation} takes no additive mask; {' and '.join(_ADDITIVE)} do"
+    for name, buffer in network.named_buffers():
+        if buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] > 1:
+            # GPT-Neo's windows and the first GPT's triangle cut what lies further apart in a row, which a tree's may.
+            return f"{name} is a mask of its own over {buffer.shape[-1]} places in the row"
     return None
 
 
@@ -147,9 +151,9 @@ def _why_window(_network: Any, sections: list[Any], depth: int) -> str | None:
 
 _CHECKS: tuple[Callable[[Any, list[Any], int], str | None], ...] = (
     _why_layers,
+    _why_window,
     _why_positions,
     _why_attention,
-    _why_window,
 )
 
 
