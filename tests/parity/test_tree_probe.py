@@ -58,7 +58,18 @@ def test_virtual_tokens_take_room_in_a_window(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
-def test_quantized(shape: str, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_quantized(shape: str, kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tuner_bases.network
+
+    def large(name: str) -> Any:
+        """With weights of 0.02 positions would hardly matter."""
+        model = small(name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(5)
+        return model
+
+    monkeypatch.setattr(tuner_bases, "network", large)
     model = tuner_bases.quantized(shape, kind, dtype, tmp_path)
     assert why_not_tree(model, depth=DEPTH) is None
     break_positions(model)
@@ -68,6 +79,8 @@ def test_quantized(shape: str, kind: str, dtype: torch.dtype, tmp_path: Path) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", [*VALID])
 def test_other_precisions(name: str, dtype: torch.dtype) -> None:
+    if dtype == torch.float64 and name in ("mixtral", "gpt_oss"):
+        pytest.skip("torch multiplies groups of experts in float32 and below")
     assert why_not_tree(family(name).to(dtype), depth=DEPTH) is None
 
 
@@ -91,7 +104,7 @@ def break_positions(model: Any) -> None:
     inner.forward = counting
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
 def test_ignored_positions_are_found(name: str) -> None:
     model = family(name)
     break_positions(model)
@@ -216,7 +229,11 @@ def test_nothing_is_disturbed(make: Any, is_broken: bool, monkeypatch: pytest.Mo
         monkeypatch.setattr(probe, "tree_forward", lambda *_: 1 / 0)
     why = why_not_tree(model, depth=DEPTH)
     assert why == ("the probe's forward pass raises ZeroDivisionError: division by zero" if is_broken else None)
-    torch.testing.assert_close(state_of(model), before, rtol=0, atol=0)
+    after = state_of(model)
+    for tensors in ("weights", "buffers", "gradients"):
+        torch.testing.assert_close(after.pop(tensors), before.pop(tensors), rtol=0, atol=0)
+    assert torch.equal(after.pop("random"), before.pop("random"))
+    assert after == before
 
 
 def test_an_open_routing_log_hears_nothing() -> None:
