@@ -60,8 +60,11 @@ def why_probe_fails(model: nn.Module, *, length: int) -> str | None:
     TOLERANCE times that multiple, because a logit's rounding error grows with it.
     Lower precision (reduced float32 products included) and quantized weights: the root mean square of a row's
     differences in a pass is within three times the largest of those between each row alone and in one padded batch.
-    These may round alike, and do for small matrices, so it may also reach what one rounding of the largest logit in the
-    model's dtype (or int8) changes: measured on 24 architectures in bf16 and fp16, valid trees stay below half of it.
+    These may round alike, as they do for small matrices, so it may also reach what rounding does by itself: each of the
+    2 L + 1 terms that L layers and the embedding put into the residual stream is off by step / sqrt(12) of its size, which
+    adds up like a random walk and reaches the largest logit in proportion; one step of that logit is always allowed.
+    Valid trees stayed below half of this (24 tiny architectures in bf16 and fp16, SmolLM2-135M in bf16 and nf4), and
+    places in a row taken for positions made it twice this on SmolLM2. The noise of int8 may hide such a mistake.
 
     Raises:
         torch.OutOfMemoryError, RuntimeError, MemoryError: there is no memory for it.
@@ -100,11 +103,16 @@ def _beyond_rounding(model: Any) -> _Exceeds:
 def _beyond_batching(model: Any, rows: Sequence[ScoredRow], alone: Sequence[_Alone]) -> _Exceeds:
     pairs = zip(_batched(model, rows), alone, strict=True)
     own = max(_root_mean_square(_difference(values, one.values)) for values, one in pairs)
-    # LLM.int8 multiplies activations in 127 steps up to their largest, whatever the dtype around it.
-    step = 1 / 127 if any(is_eight_bit(layer) for _, layer in packed_layers(model)) else 0.0
-    rounding = max(torch.finfo(model.dtype).eps, step) * max(one.largest for one in alone)
-    allowed = max(_TIMES_OWN * own, rounding, TOLERANCE)
+    allowed = max(_TIMES_OWN * own, _rounding(model) * max(one.largest for one in alone), TOLERANCE)
     return lambda difference, _expected: _root_mean_square(difference) > allowed
+
+
+def _rounding(model: Any) -> float:
+    """Of a logit, in its own size."""
+    # LLM.int8 multiplies activations in 127 steps up to their largest, whatever the dtype around it.
+    steps = [1 / 127] if any(is_eight_bit(layer) for _, layer in packed_layers(model)) else []
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return max([torch.finfo(model.dtype).eps, *steps]) * max(1.0, math.sqrt((2 * layers + 1) / 12))
 
 
 def _rows(tokens: Sequence[int], length: int) -> list[ScoredRow]:
