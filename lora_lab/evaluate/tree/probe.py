@@ -61,10 +61,10 @@ def why_probe_fails(model: nn.Module, *, length: int) -> str | None:
     Lower precision (reduced float32 products included) and quantized weights: the root mean square of a row's
     differences in a pass is within three times the largest of those between each row alone and in one padded batch.
     These may round alike, as they do for small matrices, so it may also reach what rounding does by itself: each of the
-    2 L + 1 terms that L layers and the embedding put into the residual stream is off by step / sqrt(12) of its size, which
-    adds up like a random walk and reaches the largest logit in proportion; one step of that logit is always allowed.
-    Valid trees stayed below half of this (24 tiny architectures in bf16 and fp16, SmolLM2-135M in bf16 and nf4), and
-    places in a row taken for positions made it twice this on SmolLM2. The noise of int8 may hide such a mistake.
+    2 L + 1 terms that L layers and the embedding put into the residual stream is off by step / sqrt(12) of its size,
+    which adds up like a random walk and reaches the largest logit in proportion; one step of that logit is always
+    allowed. Valid trees stayed at or below about half of this (24 tiny architectures in bf16 and fp16, SmolLM2-135M in
+    bf16 and nf4); places in a row taken for positions made twice this on SmolLM2. int8's noise may hide such a mistake.
 
     Raises:
         torch.OutOfMemoryError, RuntimeError, MemoryError: there is no memory for it.
