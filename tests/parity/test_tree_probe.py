@@ -219,8 +219,11 @@ def state_of(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("make", [lambda: family("gemma3_text"), mixture], ids=["gemma3_text", "mixture"])
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_nothing_is_disturbed(make: Any, is_broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model in training mode with dropout, gradients waiting, the cache switched on; a forward pass that raises."""
+    """A model in training mode with dropout, gradients waiting, the cache switched on, which draws at random in every
+    forward pass; and one that raises."""
     model = make().train()
+    drawn: list[float] = []
+    model.base_model.register_forward_pre_hook(lambda *_: drawn.append(float(torch.rand(()))))
     model.config.use_cache = True
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -229,6 +232,7 @@ def test_nothing_is_disturbed(make: Any, is_broken: bool, monkeypatch: pytest.Mo
         monkeypatch.setattr(probe, "tree_forward", lambda *_: 1 / 0)
     why = why_not_tree(model, depth=DEPTH)
     assert why == ("the probe's forward pass raises ZeroDivisionError: division by zero" if is_broken else None)
+    assert drawn
     after = state_of(model)
     for tensors in ("weights", "buffers", "gradients"):
         torch.testing.assert_close(after.pop(tensors), before.pop(tensors), rtol=0, atol=0)
@@ -254,6 +258,17 @@ def test_logits_of_a_head_that_is_not_called(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(head, "_call_impl", lambda hidden: torch.nn.functional.linear(hidden, head.weight))
     monkeypatch.setattr(type(head), "__call__", lambda self, hidden: torch.nn.functional.linear(hidden, self.weight))
     assert why_probe_fails(model, length=LONGEST) is not None
+
+
+def test_tolerance_in_float32() -> None:
+    """1e-4 up to the log-probability of chance, then in proportion."""
+    model = family("llama")
+    chance = torch.log(torch.tensor(300.0))
+    exceeds = probe._beyond_rounding(model)
+    for expected, allowed in ((-0.01, 1e-4), (-chance, 1e-4), (-3 * chance, 3e-4)):
+        values = torch.tensor([-1.0, float(expected)])
+        assert not exceeds(torch.tensor([0.0, 0.98 * allowed]), values)
+        assert exceeds(torch.tensor([0.0, 1.02 * allowed]), values)
 
 
 def test_a_budget_of_one_on_a_real_model() -> None:
