@@ -10,7 +10,7 @@ because the tree mask lets no entry be skipped; a pass costs `overhead` more. Th
 that is followed by b tokens in branches, and the cheapest is taken:
 
     whole     one row                        (m + b) + attention * (m + b) * (p + m + b)
-    kept      the chain's keys and values    m + attention * m * (p + m)  +  b + attention * b * (p + m + r)  +  2 overhead
+    kept      the chain's keys and values    m + b + attention * (m * (p + m) + b * (p + m + r)) + 2 overhead
     repeated  the chain in each of k rows    k m + b + attention * (k m + b) * (p + r),   k = ceil(b / (r - m))
 
 with rows of at most r tokens. So attention grows with the square of a row's length, recomputed prefixes with the number

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 class _PrefixLayer(DynamicLayer):  # type: ignore[misc]  # transformers' cache classes are untyped
     """keys, values: [1, heads, prefix, head size]."""
 
+    is_initialized: bool
     keeping = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
