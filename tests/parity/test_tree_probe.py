@@ -223,7 +223,7 @@ def test_nothing_is_disturbed(make: Any, is_broken: bool, monkeypatch: pytest.Mo
     forward pass; and one that raises."""
     model = make().train()
     drawn: list[float] = []
-    model.base_model.register_forward_pre_hook(lambda *_: drawn.append(float(torch.rand(()))))
+    model.get_output_embeddings().register_forward_pre_hook(lambda *_: drawn.append(float(torch.rand(()))))
     model.config.use_cache = True
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
