@@ -43,7 +43,7 @@ def test_every_method(make_trial: MakeTrial, tmp_path: Path, method: str, shape:
     assert why_not_tree(model, depth=30) is None
     rows = random_rows(3, 20, longest=30, letters=256)
     for budget, costs in PLANS:
-        values = [value for value, _ in score_plan(model, plan_rows(rows, budget, costs))]
+        values = [value for value, _ in score_plan(model, plan_rows(rows, budget, costs)).answers]
         assert values == pytest.approx(single_rows(model, rows), abs=1e-4, rel=0)
 
 
@@ -275,5 +275,5 @@ def test_a_budget_of_one_on_a_real_model() -> None:
     model = family("llama")
     rows = random_rows(5, 12, longest=20)
     for costs in (Costs(0.0, 0.0), Costs(1.0, 100.0)):
-        values = [value for value, _ in score_plan(model, plan_rows(rows, Budget(1, 1), costs))]
+        values = [value for value, _ in score_plan(model, plan_rows(rows, Budget(1, 1), costs)).answers]
         assert values == pytest.approx(single_rows(model, rows), abs=1e-4, rel=0)

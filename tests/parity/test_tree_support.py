@@ -68,7 +68,7 @@ def test_accepted_and_right(name: str) -> None:
     for budget, costs in PLANS:
         plan = plan_rows(rows, budget, costs)
         kinds |= {(one.keep, one.causal, len(one.rows) > 1, one.prefix > 0) for one in plan.passes}
-        assert [value for value, _ in score_plan(model, plan)] == pytest.approx(expected, abs=1e-4, rel=0)
+        assert [value for value, _ in score_plan(model, plan).answers] == pytest.approx(expected, abs=1e-4, rel=0)
     assert {(True, True, False, False), (False, False, True, True)} <= kinds  # kept, and rows below it
 
 
@@ -79,7 +79,7 @@ def test_a_window_below_the_depth(name: str) -> None:
     model = family(name, **{key: DEPTH})
     assert why_not_tree(model, depth=DEPTH) is None
     rows = [ScoredRow(row.tokens, row.targets) for row in random_rows(2, 20, longest=DEPTH)]
-    values = [value for value, _ in score_plan(model, plan_rows(rows, *PLANS[0]))]
+    values = [value for value, _ in score_plan(model, plan_rows(rows, *PLANS[0])).answers]
     assert values == pytest.approx(single_rows(model, rows), abs=1e-4, rel=0)
     why = why_not_tree(model, depth=DEPTH + 1)
     assert why is not None

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lora_lab.evaluate.heldout import scoring_mode
 from lora_lab.evaluate.tree.forward import TreeForward, tree_forward
 from lora_lab.evaluate.tree.passes import Pass
+from lora_lab.evaluate.tree.rounding import logit_rounding
 from lora_lab.evaluate.tree.token_tree import Nodes, ScoredRow, TokenTree, token_tree
-from lora_lab.models.packed import is_eight_bit, packed_layers
 
 # Tokens of the longest sequence: long enough for stems and branches that tell positions apart; and at the very least.
 LONGEST, SHORTEST = 24, 8
@@ -60,11 +60,10 @@ def why_probe_fails(model: nn.Module, *, length: int) -> str | None:
     TOLERANCE times that multiple, because a logit's rounding error grows with it.
     Lower precision (reduced float32 products included) and quantized weights: the root mean square of a row's
     differences in a pass is within three times the largest of those between each row alone and in one padded batch.
-    These may round alike, as they do for small matrices, so it may also reach what rounding does by itself: each of the
-    2 L + 1 terms that L layers and the embedding put into the residual stream is off by step / sqrt(12) of its size,
-    which adds up like a random walk and reaches the largest logit in proportion; one step of that logit is always
-    allowed. Valid trees stayed at or below about half of this (24 tiny architectures in bf16 and fp16, SmolLM2-135M in
-    bf16 and nf4); places in a row taken for positions made twice this on SmolLM2. int8's noise may hide such a mistake.
+    These may round alike, as they do for small matrices, so it may also reach what rounding does by itself
+    (`logit_rounding`). Valid trees stayed at or below about half of this (24 tiny architectures in bf16 and fp16,
+    SmolLM2-135M in bf16 and nf4); places in a row taken for positions made twice this on SmolLM2. int8's noise may hide
+    such a mistake.
 
     Raises:
         torch.OutOfMemoryError, RuntimeError, MemoryError: there is no memory for it.
@@ -80,7 +79,8 @@ def why_probe_fails(model: nn.Module, *, length: int) -> str | None:
 
 def _mismatch(model: Any, rows: Sequence[ScoredRow]) -> str | None:
     alone = [_alone(model, row) for row in rows]
-    exceeds = _beyond_rounding(model) if _is_exact(model) else _beyond_batching(model, rows, alone)
+    rounding = logit_rounding(model)
+    exceeds = _beyond_rounding(model) if rounding is None else _beyond_batching(model, rows, alone, rounding)
     tree = token_tree(rows)
     worst, is_wrong = 0.0, False
     with tree_forward(model, tree) as forward:
@@ -100,19 +100,11 @@ def _beyond_rounding(model: Any) -> _Exceeds:
     return lambda difference, expected: bool((difference > TOLERANCE * (expected.abs() / chance).clamp(min=1)).any())
 
 
-def _beyond_batching(model: Any, rows: Sequence[ScoredRow], alone: Sequence[_Alone]) -> _Exceeds:
+def _beyond_batching(model: Any, rows: Sequence[ScoredRow], alone: Sequence[_Alone], rounding: float) -> _Exceeds:
     pairs = zip(_batched(model, rows), alone, strict=True)
     own = max(_root_mean_square(_difference(values, one.values)) for values, one in pairs)
-    allowed = max(_TIMES_OWN * own, _rounding(model) * max(one.largest for one in alone), TOLERANCE)
+    allowed = max(_TIMES_OWN * own, rounding * max(one.largest for one in alone), TOLERANCE)
     return lambda difference, _expected: _root_mean_square(difference) > allowed
-
-
-def _rounding(model: Any) -> float:
-    """Of a logit, in its own size."""
-    # LLM.int8 multiplies activations in 127 steps up to their largest, whatever the dtype around it.
-    steps = [1 / 127] if any(is_eight_bit(layer) for _, layer in packed_layers(model)) else []
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    return max([torch.finfo(model.dtype).eps, *steps]) * max(1.0, math.sqrt((2 * layers + 1) / 12))
 
 
 def _rows(tokens: Sequence[int], length: int) -> list[ScoredRow]:
@@ -194,14 +186,6 @@ def _difference(first: Tensor, second: Tensor) -> Tensor:
 
 def _root_mean_square(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
-
-
-def _is_exact(model: Any) -> bool:
-    """Whether single and batched rows differ by float32's rounding alone."""
-    if getattr(model, "is_quantized", False) or any(True for _ in packed_layers(model)):
-        return False
-    full_products = torch.get_float32_matmul_precision() == "highest"
-    return bool(model.dtype == torch.float64 or (model.dtype == torch.float32 and full_products))
 
 
 def _vocabulary(model: Any) -> int:
