@@ -8,13 +8,12 @@ them. Rows keep the layout of `generate`, padding on the left, so that windows o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftType
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -33,14 +32,11 @@ class GreedyDecoder:
     One object serves one model as it is: another adapter, or changed weights, need another decoder.
     Which requests it may answer, `greedy_rules.why_not_greedy` says.
 
-    model: a causal LM of transformers, or a PeftModel around one, in eval mode. tokenizer: lm-eval's.
-    least_saved: see `LEAST_SAVED`.
-    """
+    model: a causal LM of transformers, or a PeftModel around one, in eval mode. tokenizer: lm-eval's.    """
 
-    def __init__(self, model: Any, tokenizer: Any, *, least_saved: int = LEAST_SAVED) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         self._network = _Network(model)
         self._tokenizer = tokenizer
-        self._least_saved = least_saved
         self._ends = _end_ids(model)
         self._kept, self._cache = self._network.root()
         self._is_over = False
@@ -109,11 +105,11 @@ class GreedyDecoder:
         most = min(pad + min(_common(row, longest), len(row) - 1) for pad, row in zip(pads, rows, strict=True))
         there = min(most, _common(self._kept, longest))
         least = self._network.least_columns(max(pads))
-        if (len(rows) - 1) * (most - there) >= self._least_saved or there < least:
+        if (len(rows) - 1) * (most - there) >= LEAST_SAVED or there < least:
             there = most
         if there < least:
             return None
-        return there if there * len(rows) >= self._least_saved or least else 0
+        return there if there * len(rows) >= LEAST_SAVED or least else 0
 
     def _extend(self, prefix: list[int]) -> None:
         """Has the kept cache begin with `prefix`."""
@@ -234,4 +230,5 @@ def _end_ids(model: Any) -> frozenset[int]:
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
     """Length of the common beginning."""
-    return len(os.path.commonprefix([list(left), list(right)]))
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(left), len(right)))
