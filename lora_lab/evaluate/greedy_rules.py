@@ -17,6 +17,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from lora_lab.adapters.prompts import virtual_tokens
 
 _VIRTUAL = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
+# Adapters whose effect on a token depends on the whole row, or that attend to more than the cache.
+_WHOLE_ROW = (PeftType.XLORA, PeftType.ADAPTION_PROMPT)
 
 # Without effect on greedy decoding (sampling, beams, drafts), overruled by lm-eval (lengths, cache), or names.
 _FREE = frozenset(
@@ -97,8 +99,13 @@ def _of_tokenizer(tokenizer: Any) -> str | None:
 
 
 def _of_adapter(model: Any) -> str | None:
+    if not isinstance(model, PeftModel):
+        return None
     if virtual_tokens(model) and model.peft_type not in _VIRTUAL:
-        return f"virtual tokens of {model.peft_type}"
+        return f"virtual tokens of {model.peft_type.value}"
+    for config in model.peft_config.values():
+        if config.peft_type in _WHOLE_ROW or getattr(config, "alora_invocation_tokens", None):
+            return f"a {config.peft_type.value} adapter that looks at the whole row"
     return None
 
 
@@ -109,7 +116,7 @@ def _of_model(base: Any, length: int) -> str | None:
     if base.config.is_encoder_decoder:
         return "an encoder-decoder"
     if getattr(base, "_is_stateful", False) or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        return "its layers keep more than keys and values"
+        return "its cache is not keys and values of every layer"
     if any(
         getattr(type(base), name, None) is not getattr(GenerationMixin, name)
         for name in ("generate", "prepare_inputs_for_generation")

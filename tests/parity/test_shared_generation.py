@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from peft import LoraConfig, get_peft_model
 
 from lora_lab.errors import EvaluationError
-from lora_lab.evaluate import generation, lab_model
+from lora_lab.evaluate import generation, row_cache
 from lora_lab.evaluate.checked_model import CheckedModel
 from lora_lab.evaluate.lab_model import LabModel
 from lora_lab.models.random import byte_tokenizer
@@ -40,9 +40,10 @@ def one_core() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def every_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefixes of a few tokens are used too."""
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefixes of a few tokens are used too, and caches grow every few tokens."""
     monkeypatch.setattr(generation, "LEAST_SAVED", 2)
+    monkeypatch.setattr(row_cache, "ROOM", 3)
 
 
 def requests(contexts: list[str], until: list[str] | None = None, **settings: Any) -> list[Instance]:
@@ -56,16 +57,12 @@ def texts(kind: type[CheckedModel], model: Any, given: list[Instance], batch_siz
 
 
 class Tokens:
-    """Counts the columns and rows that pass the first layer's attention, call by call."""
+    """Rows and columns that pass the first layer, call by call."""
 
     def __init__(self, model: Any) -> None:
         self.calls: list[tuple[int, int]] = []
         norm = next(module for name, module in model.named_modules() if name.endswith(("input_layernorm", "ln_1")))
         norm.register_forward_pre_hook(lambda _module, inputs: self.calls.append(tuple(inputs[0].shape[:2])))
-
-    @property
-    def total(self) -> int:
-        return sum(rows * columns for rows, columns in self.calls)
 
 
 @pytest.fixture
@@ -121,3 +118,126 @@ def test_an_adapter(family: str) -> None:
 def test_bfloat16(family: str) -> None:
     model = network(family, dtype=torch.bfloat16)
     assert texts(LabModel, model, requests(SHARED)) == texts(CheckedModel, model, requests(SHARED))
+
+
+@pytest.mark.parametrize("kind", [None, "prompt"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_stop_strings(batch_size: int, kind: str | None, own_path: list[int]) -> None:
+    """Of several tokens each, taken from the middle of what rows say; one is in no row."""
+    base = network("llama")
+    model = base if kind is None else adapted(kind, base)
+    whole = texts(CheckedModel, model, requests(SHARED), batch_size)
+    given = requests(SHARED, [whole[0][3:6], whole[1][5:7], "not there"])
+    expected = texts(CheckedModel, model, given, batch_size)
+    assert expected[0] == whole[0][: whole[0].index(whole[0][3:6])] != whole[0]
+    assert texts(LabModel, model, given, batch_size) == expected
+    assert own_path == []
+
+
+def test_one_new_token() -> None:
+    model = network("llama")
+    given = requests(SHARED, max_gen_toks=1)
+    assert texts(LabModel, model, given) == texts(CheckedModel, model, given)
+
+
+def test_end_of_text_at_once() -> None:
+    """The first token of the first row ends every row that says it; the others go on."""
+    model = network("llama")
+    whole = texts(CheckedModel, model, requests(SHARED), 6)
+    model.generation_config.eos_token_id = [258, whole[0].encode()[0]]
+    expected = texts(CheckedModel, model, requests(SHARED), 6)
+    assert len(expected[0]) == 1 < max(map(len, expected))
+    assert texts(LabModel, model, requests(SHARED), 6) == expected
+
+
+def test_a_special_token_as_stop_string_is_lm_evals(own_path: list[int]) -> None:
+    """lm-eval leaves it out of the text, which then depends on when the other rows end; alone, a row ends there."""
+    model = network("llama")
+    with torch.no_grad():
+        model.lm_head.weight[259] = (
+            2 * model.lm_head.weight[texts(CheckedModel, model, requests(SHARED), 6)[0].encode()[2]]
+        )
+    given = requests(SHARED, ["<turn>"])
+    for batch_size in (1, 2):
+        expected = texts(CheckedModel, model, given, batch_size)
+        assert texts(LabModel, model, given, batch_size) == expected
+        assert own_path == [] or batch_size > 1
+    assert texts(CheckedModel, model, given, 1) != expected
+    assert own_path in ([2], [2, 2], [2, 2, 2])
+
+
+def test_settings_that_are_lm_evals(own_path: list[int]) -> None:
+    model = network("llama")
+    plain = texts(LabModel, model, requests(SHARED))
+    assert own_path == []
+    model.generation_config.repetition_penalty = 5.0
+    changed = texts(LabModel, model, requests(SHARED))
+    assert changed == texts(CheckedModel, model, requests(SHARED)) != plain
+    assert own_path == [3, 3]
+
+
+def test_stock_engine(own_path: list[int]) -> None:
+    LabModel(network("llama"), tokenizer=byte_tokenizer(64), batch_size=3, engine="stock").generate_until(
+        requests(SHARED)
+    )
+    assert own_path == [3, 3]
+
+
+def test_nan_logits_are_an_error() -> None:
+    model = network("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(EvaluationError, match="task task: a logit is not finite while generating"):
+        texts(LabModel, model, requests(SHARED))
+
+
+def test_the_prefix_is_computed_once() -> None:
+    """Two batches: the header of 20 tokens passes once, in one row; then what each row has of its own."""
+    model = network("llama")
+    tokens = Tokens(model)
+    contexts = [HEADER + letters * 4 for letters in ("a", "b", "c", "d", "e", "f")]
+    texts(LabModel, model, requests(contexts, max_gen_toks=1))
+    assert tokens.calls == [(1, len(HEADER)), (3, 4), (3, 4)]
+
+
+def test_one_row_at_a_time_shares_it_too() -> None:
+    model = network("llama")
+    tokens = Tokens(model)
+    contexts = [HEADER + "aaaa", HEADER + "bbb", HEADER + "cc"]
+    texts(LabModel, model, requests(contexts, max_gen_toks=1), 1)
+    assert tokens.calls == [(1, 24), (1, 3), (1, 2)]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_virtual_tokens_are_the_root(kind: str) -> None:
+    """Those of prompt tuning pass once with the header; keys and values of prefix tuning never pass."""
+    model = adapted(kind, network("llama"))
+    tokens = Tokens(model)
+    texts(LabModel, model, requests([HEADER + letters * 4 for letters in ("a", "b", "c", "d")], max_gen_toks=1), 2)
+    assert tokens.calls == [(1, len(HEADER) + (N if kind == "prompt" else 0)), (2, 4), (2, 4)]
+
+
+def test_rows_that_have_ended_are_left_out() -> None:
+    """Every row costs its own new tokens but the last, whose successor nobody asks for."""
+    model = network("llama")
+    rows = [torch.tensor([list(text.encode())]) for text in SHARED]
+    settings = {"max_new_tokens": 12, "do_sample": False, "use_cache": True, "pad_token_id": 256}
+    alone = [model.generate(row, attention_mask=torch.ones_like(row), **settings)[0, row.shape[1] :] for row in rows]
+    ends = {258, *(int(new[at]) for new, at in zip(alone, (0, 2, 4), strict=False))}
+    lengths = [next((at for at, one in enumerate(new.tolist(), 1) if one in ends), 12) for new in alone]
+    assert len(set(lengths)) > 2
+    model.generation_config.eos_token_id = sorted(ends)
+    tokens = Tokens(model)
+    texts(LabModel, model, requests(SHARED), 6)
+    steps = [count for count, columns in tokens.calls[2:] if columns == 1]
+    assert steps == [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+
+
+def test_a_cache_lives_as_long_as_the_call() -> None:
+    """Changed weights between two calls change the texts."""
+    model = network("llama")
+    lm = LabModel(model, tokenizer=byte_tokenizer(64), batch_size=3)
+    lm.generate_until(requests(SHARED))
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.neg_()
+    assert lm.generate_until(requests(SHARED)) == texts(CheckedModel, model, requests(SHARED))
