@@ -21,6 +21,9 @@ ROOM = 64
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers' caches are untyped
     """A layer of plain keys and values, [rows, heads, columns, head size], with room behind the last column."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self._stores: tuple[Tensor, Tensor] | None = None

@@ -166,6 +166,29 @@ def test_a_special_token_as_stop_string_is_lm_evals(own_path: list[int]) -> None
     assert own_path in ([2], [2, 2], [2, 2, 2])
 
 
+def test_after_one_such_stop_no_batch_is_tried_again() -> None:
+    """A second try would compute the next batch twice as well."""
+    model = network("llama")
+    decoder = generation.GreedyDecoder(model, byte_tokenizer(64))
+    context, mask = torch.tensor([list(b"the cat"), list(b"the dog")]), torch.ones(2, 7, dtype=torch.long)
+    answer = decoder.generate(context, mask, 10, ["not there"])
+    assert answer is not None and answer.shape == (2, 10)
+    with torch.no_grad():
+        model.lm_head.weight[259] = 1e4 * model.lm_head.weight[answer[0, 7]]
+    assert decoder.generate(context, mask, 10, ["<turn>"]) is None
+    tokens = Tokens(model)
+    assert decoder.generate(context, mask, 10, ["not there"]) is None
+    assert tokens.calls == []
+
+
+def test_only_the_last_logits_are_computed() -> None:
+    model = network("gpt2")
+    seen: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, out: seen.append(out.shape[1]))
+    texts(LabModel, model, requests(SHARED))
+    assert set(seen) == {1}
+
+
 def test_settings_that_are_lm_evals(own_path: list[int]) -> None:
     model = network("llama")
     plain = texts(LabModel, model, requests(SHARED))
@@ -198,6 +221,16 @@ def test_the_prefix_is_computed_once() -> None:
     contexts = [HEADER + letters * 4 for letters in ("a", "b", "c", "d", "e", "f")]
     texts(LabModel, model, requests(contexts, max_gen_toks=1))
     assert tokens.calls == [(1, len(HEADER)), (3, 4), (3, 4)]
+
+
+@pytest.mark.parametrize(("tail", "first"), [("aaaa", (3, 24)), ("aaa", (1, 4))])
+def test_a_short_prefix_pays_where_attention_has_a_mask_anyway(tail: str, first: tuple[int, int]) -> None:
+    """Rows of equal length need no mask. Here 4 of 24 columns are shared, below a third."""
+    model = network("llama")
+    tokens = Tokens(model)
+    contexts = ["same" + letter * 20 for letter in "ab"]
+    texts(LabModel, model, requests([*contexts, "same" + "c" * 16 + tail], max_gen_toks=1))
+    assert tokens.calls[0] == first
 
 
 def test_one_row_at_a_time_shares_it_too() -> None:

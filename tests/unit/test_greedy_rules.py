@@ -59,7 +59,6 @@ def test_settings_of_the_task(settings: dict[str, Any], reason: str) -> None:
 )
 def test_settings_of_the_model(settings: dict[str, Any]) -> None:
     model = network("llama")
-    model.generation_config.update(**settings)
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
         assert why(model) == f"the model's generation_config sets {name}={value!r}"
