@@ -36,7 +36,8 @@ class GreedyDecoder:
     One object serves one model as it is: another adapter, or changed weights, need another decoder.
     Which requests it may answer, `greedy_rules.why_not_greedy` says.
 
-    model: a causal LM of transformers, or a PeftModel around one, in eval mode. tokenizer: lm-eval's."""
+    model: a causal LM of transformers, or a PeftModel around one, in eval mode. tokenizer: lm-eval's.
+    """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._network = _Network(model)
