@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
@@ -16,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_lab.adapters.prompts import virtual_tokens
-from lora_lab.evaluate.checked_model import CheckedModel, check_finite
+from lora_lab.evaluate.checked_model import check_finite
+from lora_lab.evaluate.generating_model import Engine, GeneratingModel
 from lora_lab.evaluate.guard import Allowance, Guarded, Verdict, check_against_stock, read_verdict, write_verdict
 from lora_lab.evaluate.guard_note import GuardNote
 from lora_lab.evaluate.tree.rounding import logit_rounding
@@ -25,7 +25,6 @@ from lora_lab.evaluate.tree.sizes import budget_of, costs_of
 from lora_lab.evaluate.tree.support import why_not_tree
 from lora_lab.evaluate.tree.token_tree import ScoredRow
 
-Engine = Literal["tree", "stock"]
 # lm-eval's tokenised pair: (texts or None, context, continuation).
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -33,7 +32,7 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 _BATCH_SIZE = 8
 
 
-class LabModel(CheckedModel):
+class LabModel(GeneratingModel):
     """HFLM whose log-likelihoods come from a prefix tree; it takes HFLM's own settings besides these.
 
     Tokens, truncation and arithmetic are lm-eval's, of `logits_cache=False`: its shortcut for requests with the same
@@ -67,16 +66,12 @@ class LabModel(CheckedModel):
         progress: Progress | None = None,
         **settings: Any,
     ) -> None:
-        if engine not in ("tree", "stock"):
-            raise ValueError(f'engine: expected tree or stock, got "{engine}"')
         if chunk_tokens is not None and chunk_tokens < 1:
             raise ValueError(f"chunk_tokens: must be >= 1, got {chunk_tokens}")
-        super().__init__(pretrained, tokenizer=tokenizer, **settings)
-        self.engine, self.chunk_tokens = engine, chunk_tokens
-        self.engine_facts: list[dict[str, Any]] = []
+        super().__init__(pretrained, tokenizer=tokenizer, engine=engine, **settings)
+        self.chunk_tokens = chunk_tokens
         self._guard, self._guard_note, self._progress = guard, guard_note, progress
         self._verdicts: dict[str, Verdict] = {}
-        self._facts: dict[str, Any] = {}  # of the call that goes on
         self._scored: tuple[Sequence[Pair], TreePlan] | None = None
         self._largest_logit = 0.0
 
@@ -160,14 +155,9 @@ class LabModel(CheckedModel):
 
     @contextlib.contextmanager
     def _call(self, kind: str) -> Iterator[None]:
-        """One call of lm-eval's: its facts are gathered and kept."""
-        facts: dict[str, Any] = {"kind": kind}
-        self._facts, self._scored = facts, None
-        try:
+        self._scored = None
+        with super()._call(kind):
             yield
-        finally:
-            self.engine_facts.append(facts)
-            self._facts, self._scored = {}, None
 
     def _windows(self, text: str) -> list[Pair]:
         windows = get_rolling_token_windows(
@@ -215,7 +205,3 @@ class LabModel(CheckedModel):
 
     def _rounding(self) -> float | None:
         return logit_rounding(self.model, autocast=self.mixed_precision_dtype)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        dtype = self.mixed_precision_dtype
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
