@@ -2,13 +2,15 @@
 
 Tolerance in nats per request. In float32 and float64: 1e-4 up to 100 scored tokens, and in proportion beyond. In other
 dtypes and on quantized weights rounding alone moves scores by more: three times what lm-eval's own differ by between
-batches of 1 and of 8, the most of any drawn request. That can be 0 on a small model, so it is never less than one
-rounding of the score itself in the numbers it is made of, nor than the tolerance of float32.
+batches of 1 and of 8, the most of any drawn request. Those may round alike and differ by nothing at all, so it is never
+less than what rounding does by itself (`logit_rounding`): twice its share of the largest logit, growing with the root
+of the scored tokens, and once its share of the score, which lm-eval sums up in the same numbers.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -20,7 +22,7 @@ from lora_lab.record.atomic import write_json
 
 COUNT = 64
 _TOLERANCE, _TOKENS = 1e-4, 100
-_SPREADS, _BATCHES = 3, (1, 8)
+_SPREADS, _ROUNDINGS, _BATCHES = 3, 2, (1, 8)
 # Requests are drawn up to this share of all tokens: a few whole books would cost lm-eval as much as all of them.
 _SHARE, _FEWEST_TOKENS = 0.1, 16_384
 
@@ -41,49 +43,56 @@ class Guarded:
 
 
 @dataclass(frozen=True, slots=True)
+class Allowance:
+    """What two right scores may differ by. spread: nats, of lm-eval's own between two batch sizes. rounding: relative,
+    see `logit_rounding`; both 0 where all arithmetic is float32 or float64. largest_logit: that it applies to."""
+
+    spread: float
+    rounding: float
+    largest_logit: float
+
+    def of(self, score: float, scored: int) -> float:
+        """In nats, for a score of this many tokens."""
+        exact = _TOLERANCE * max(1.0, scored / _TOKENS)
+        logits = _ROUNDINGS * self.rounding * self.largest_logit * math.sqrt(scored)
+        return max(exact, _SPREADS * self.spread, logits, self.rounding * abs(score))
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
-    """requests: compared. largest_difference: nats. largest_share: of the tolerance, 1 at most. spread: of lm-eval's
-    own between two batch sizes, None where it does not count."""
+    """requests: compared. largest_difference: nats. largest_share: of the tolerance, 1 at most."""
 
     requests: int
     largest_difference: float
     largest_share: float
-    spread: float | None
+    allowance: Allowance
 
 
-def check_against_stock(requests: Sequence[Guarded], stock: Stock, *, rounding: float | None) -> Verdict:
+def check_against_stock(
+    requests: Sequence[Guarded], stock: Stock, *, rounding: float | None, largest_logit: float
+) -> Verdict:
     """Compares drawn requests.
 
-    rounding: the relative rounding (machine epsilon) of the narrowest numbers in the arithmetic, or None where it is
-    float32 or float64 throughout.
+    rounding: see `logit_rounding`.
 
     Raises:
         EvaluationError: beyond the tolerance; shows the worst request with both values.
     """
     drawn = draw([one.task for one in requests], [one.tokens for one in requests])
     if rounding is None:
-        theirs, spread = stock(drawn, None), None
+        theirs, spread = stock(drawn, None), 0.0
     else:
         alone, theirs = (stock(drawn, size) for size in _BATCHES)
         spread = max((abs(one - other) for one, other in zip(alone, theirs, strict=True)), default=0.0)
+    allowance = Allowance(spread, rounding or 0.0, largest_logit)
     differences = [abs(requests[index].value - value) for index, value in zip(drawn, theirs, strict=True)]
-    allowed = [
-        tolerance(requests[index].scored, spread, grain=(rounding or 0.0) * abs(value))
-        for index, value in zip(drawn, theirs, strict=True)
-    ]
+    allowed = [allowance.of(value, requests[index].scored) for index, value in zip(drawn, theirs, strict=True)]
     shares = [difference / most for difference, most in zip(differences, allowed, strict=True)]
     # A NaN is in no order: whatever is not within its tolerance is beyond it.
-    worst = next((place for place, share in enumerate(shares) if not share <= 1), None)
-    if worst is not None:
+    if any(not share <= 1 for share in shares):
         worst = max(range(len(drawn)), key=lambda place: (not shares[place] <= 1, shares[place]))
         raise EvaluationError(_problem(requests[drawn[worst]], theirs[worst], allowed[worst]))
-    return Verdict(len(drawn), max(differences, default=0.0), max(shares, default=0.0), spread)
-
-
-def tolerance(scored: int, spread: float | None, *, grain: float) -> float:
-    """Nats by which two scores of `scored` tokens may differ; spread: see `Verdict`, grain: the score's rounding."""
-    own = _TOLERANCE * max(1.0, scored / _TOKENS)
-    return own if spread is None else max(own, _SPREADS * spread, grain)
+    return Verdict(len(drawn), max(differences, default=0.0), max(shares, default=0.0), allowance)
 
 
 def draw(tasks: Sequence[str], tokens: Sequence[int]) -> list[int]:
@@ -106,7 +115,8 @@ def draw(tasks: Sequence[str], tokens: Sequence[int]) -> list[int]:
 def read_verdict(path: Path) -> Verdict | None:
     """The verdict kept in a file, or None where there is none that can be read."""
     try:
-        return Verdict(**json.loads(path.read_text(encoding="utf-8"))["verdict"])
+        values = json.loads(path.read_text(encoding="utf-8"))["verdict"]
+        return Verdict(**{**values, "allowance": Allowance(**values["allowance"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

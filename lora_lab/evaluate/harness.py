@@ -92,7 +92,7 @@ def evaluate_model(
         )
         results = _simple_evaluate(lm, tasks, evaluation, log=log)
     _write_files(results, output)
-    ties = near_ties(results, spread=lm.spread, rounding=lm.rounding() or 0.0)
+    ties = near_ties(results, lm.allowed)
     write_json(output / "near_ties.json", [asdict(tie) for tie in ties])
     metrics, missing = read_metrics(results, chance=tasks.chance)
     facts = _facts(results, evaluation, lm) | {"near_ties": Counter(f"{tie.task}/{tie.measure}" for tie in ties)}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
@@ -16,16 +15,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_lab.adapters.prompts import virtual_tokens
-from lora_lab.evaluate.checked_model import CheckedModel, check_finite
-from lora_lab.evaluate.guard import Guarded, Verdict, check_against_stock, read_verdict, write_verdict
+from lora_lab.evaluate.checked_model import check_finite
+from lora_lab.evaluate.generating_model import Engine, GeneratingModel
+from lora_lab.evaluate.guard import Allowance, Guarded, Verdict, check_against_stock, read_verdict, write_verdict
 from lora_lab.evaluate.guard_note import GuardNote
+from lora_lab.evaluate.tree.rounding import logit_rounding
 from lora_lab.evaluate.tree.scores import Answer, Progress, TreePlan, plan_rows, score_plan
 from lora_lab.evaluate.tree.sizes import budget_of, costs_of
 from lora_lab.evaluate.tree.support import why_not_tree
 from lora_lab.evaluate.tree.token_tree import ScoredRow
-from lora_lab.models.packed import is_eight_bit
 
-Engine = Literal["tree", "stock"]
 # lm-eval's tokenised pair: (texts or None, context, continuation).
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -33,7 +32,7 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 _BATCH_SIZE = 8
 
 
-class LabModel(CheckedModel):
+class LabModel(GeneratingModel):
     """HFLM whose log-likelihoods come from a prefix tree; it takes HFLM's own settings besides these.
 
     Tokens, truncation and arithmetic are lm-eval's, of `logits_cache=False`: its shortcut for requests with the same
@@ -67,23 +66,20 @@ class LabModel(CheckedModel):
         progress: Progress | None = None,
         **settings: Any,
     ) -> None:
-        if engine not in ("tree", "stock"):
-            raise ValueError(f'engine: expected tree or stock, got "{engine}"')
         if chunk_tokens is not None and chunk_tokens < 1:
             raise ValueError(f"chunk_tokens: must be >= 1, got {chunk_tokens}")
-        super().__init__(pretrained, tokenizer=tokenizer, **settings)
-        self.engine, self.chunk_tokens = engine, chunk_tokens
-        self.engine_facts: list[dict[str, Any]] = []
+        super().__init__(pretrained, tokenizer=tokenizer, engine=engine, **settings)
+        self.chunk_tokens = chunk_tokens
         self._guard, self._guard_note, self._progress = guard, guard_note, progress
         self._verdicts: dict[str, Verdict] = {}
-        self._facts: dict[str, Any] = {}  # of the call that goes on
         self._scored: tuple[Sequence[Pair], TreePlan] | None = None
+        self._largest_logit = 0.0
 
-    @property
-    def spread(self) -> float | None:
-        """What lm-eval's own scores differ by between batch sizes, as the guard measured it; None where it did not."""
-        spreads = [verdict.spread for verdict in self._verdicts.values() if verdict.spread is not None]
-        return max(spreads, default=None)
+    def allowed(self, score: float, text: str) -> float:
+        """Nats by which the score of this continuation may be off, as far as the guard has measured it."""
+        spread = max((verdict.allowance.spread for verdict in self._verdicts.values()), default=0.0)
+        allowance = Allowance(spread, self._rounding() or 0.0, self._largest_logit)
+        return allowance.of(score, len(self.tok_encode(text, add_special_tokens=False)))
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """[(log-likelihood in nats, whether greedy decoding gives the continuation)], one per request."""
@@ -123,11 +119,12 @@ class LabModel(CheckedModel):
         plan = plan_rows(rows, budget, costs_of(self.model))
         self._facts |= asdict(budget) | asdict(plan.counts)
         with self._shown() as progress:
-            answers = score_plan(
+            scores = score_plan(
                 self.model, plan, softmax_dtype=self.softmax_dtype, autocast=self._autocast(), progress=progress
             )
         self._scored = (requests, plan)
-        return answers
+        self._largest_logit = max(self._largest_logit, scores.largest_logit)
+        return list(scores.answers)
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[Progress]:
@@ -158,14 +155,9 @@ class LabModel(CheckedModel):
 
     @contextlib.contextmanager
     def _call(self, kind: str) -> Iterator[None]:
-        """One call of lm-eval's: its facts are gathered and kept."""
-        facts: dict[str, Any] = {"kind": kind}
-        self._facts, self._scored = facts, None
-        try:
+        self._scored = None
+        with super()._call(kind):
             yield
-        finally:
-            self.engine_facts.append(facts)
-            self._facts, self._scored = {}, None
 
     def _windows(self, text: str) -> list[Pair]:
         windows = get_rolling_token_windows(
@@ -190,7 +182,9 @@ class LabModel(CheckedModel):
                 Guarded(str(owner.task_name), int(owner.doc_id), pair[0], len(row.tokens), len(row.targets), value)
                 for owner, pair, row, value in zip(owners, pairs, plan.rows, values, strict=True)
             ]
-            verdict = check_against_stock(guarded, self._stock_of(pairs), rounding=self.rounding())
+            verdict = check_against_stock(
+                guarded, self._stock_of(pairs), rounding=self._rounding(), largest_logit=self._largest_logit
+            )
             if self._guard_note is not None:
                 write_verdict(self._guard_note.path(kind), verdict, self._guard_note.about)
         self._verdicts[kind] = verdict
@@ -209,15 +203,5 @@ class LabModel(CheckedModel):
 
         return scores
 
-    def rounding(self) -> float | None:
-        """Machine epsilon of the narrowest numbers that scores are made of; None for plain float32 and float64."""
-        dtypes = {self.model.dtype, self.mixed_precision_dtype or self.model.dtype}
-        if any(is_eight_bit(module) for module in self.model.modules()):
-            dtypes.add(torch.float16)  # LLM.int8 rounds what enters a product to it
-        rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
-        is_quantized = getattr(self.model.config, "quantization_config", None) is not None
-        return rounding if is_quantized or rounding > torch.finfo(torch.float32).eps else None
-
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        dtype = self.mixed_precision_dtype
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+    def _rounding(self) -> float | None:
+        return logit_rounding(self.model, autocast=self.mixed_precision_dtype)

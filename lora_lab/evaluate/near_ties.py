@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lab.evaluate.guard import tolerance
-
 
 @dataclass(frozen=True, slots=True)
 class NearTie:
@@ -25,20 +23,20 @@ class NearTie:
     allowed: float
 
 
-def near_ties(results: Mapping[str, Any], *, spread: float | None, rounding: float) -> list[NearTie]:
+def near_ties(results: Mapping[str, Any], allowed: Callable[[float, str], float]) -> list[NearTie]:
     """Ties in lm-eval's returned mapping (with samples), in its order.
 
-    spread, rounding: of the guard's tolerance, which every score may be off by.
+    allowed: nats by which this score of a choice with this text may be off.
     """
     found: list[NearTie] = []
     for task, samples in results["samples"].items():
         delimiter = results["configs"].get(task, {}).get("target_delimiter") or ""
-        found += _of_task(task, samples, delimiter, lambda value: tolerance(0, spread, grain=rounding * abs(value)))
+        found += _of_task(task, samples, delimiter, allowed)
     return found
 
 
 def _of_task(
-    task: str, samples: Sequence[Mapping[str, Any]], delimiter: str, allowed: Callable[[float], float]
+    task: str, samples: Sequence[Mapping[str, Any]], delimiter: str, allowed: Callable[[float, str], float]
 ) -> Iterator[NearTie]:
     for sample in samples:
         choices = _choices(sample, delimiter)
@@ -47,7 +45,8 @@ def _of_task(
                 continue
             lengths = [max(1, len(text)) if measure == "acc_norm" else 1 for _, text in choices]
             scores = [
-                (value / length, allowed(value) / length) for (value, _), length in zip(choices, lengths, strict=True)
+                (value / length, allowed(value, text) / length)
+                for (value, text), length in zip(choices, lengths, strict=True)
             ]
             (best, slack), (second, other) = sorted(scores, reverse=True)[:2]
             if best - second <= slack + other:

@@ -135,6 +135,8 @@ def _carry_out(
         gathered.missing |= scores.missing
         gathered.facts["evaluation"] = scores.facts
         _warn_about_limit(gathered, job.trial.evaluation)
+        reasons = dict.fromkeys(call["why_stock"] for call in scores.facts.get("engine", ()) if "why_stock" in call)
+        gathered.warnings += [f"scored by lm-eval's own engine, not the tree: {reason}" for reason in reasons]
         return Status.COMPLETED, None
     finally:
         gathered.measurements |= meter.measurements

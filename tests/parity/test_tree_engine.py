@@ -226,7 +226,12 @@ def test_methods(make_trial: MakeTrial, shared: Path, method: str) -> None:
     assert [value for value, _ in found] == pytest.approx([value for value, _ in theirs], abs=1e-4, rel=1e-6)
     facts = ours.engine_facts[0]
     assert facts["engine"] == "tree", facts
-    assert facts["guard"]["requests"] == len(texts) and facts["guard"]["spread"] is None
+    assert facts["guard"]["requests"] == len(texts) and facts["guard"]["allowance"]["rounding"] == 0.0
+    settings = {"until": ["\n"], "max_gen_toks": 12}
+    prompts = asked([(context, settings) for context in dict(SETS["questions"])], "generate_until")
+    lm_evals = LabModel(model, tokenizer=byte_tokenizer(256), batch_size=4, engine="stock").generate_until(prompts)
+    assert ours.generate_until(prompts) == lm_evals
+    assert ours.engine_facts[1]["engine"] == "greedy" or method == "prefix_tuning", ours.engine_facts[1]
 
 
 @pytest.mark.parametrize("method", [name for name, row in ROWS.items() if row.quantized])
@@ -240,4 +245,4 @@ def test_narrow_numbers(make_trial: MakeTrial, shared: Path, method: str, change
     ours.loglikelihood(asked(SETS["questions"] + SETS["unicode"]))
     facts = ours.engine_facts[0]
     assert facts["engine"] == "tree", facts
-    assert facts["guard"]["largest_share"] <= 1 and facts["guard"]["spread"] >= 0
+    assert facts["guard"]["largest_share"] <= 1 and facts["guard"]["allowance"]["spread"] >= 0

@@ -33,6 +33,7 @@ FOLDERS = {
     "lora_lab/train/": "one loop",
     "lora_lab/evaluate/": "scores; the only door to lm-eval",
     "lora_lab/evaluate/command/": "`lora-lab eval`",
+    "lora_lab/evaluate/greedy/": "answers, every shared beginning once",
     "lora_lab/evaluate/tree/": "log-likelihoods, every shared token once",
     "lora_lab/study/": "statistics",
     "lora_lab/report/": "what people look at",

@@ -10,12 +10,12 @@ import pytest
 from lora_lab.errors import EvaluationError
 from lora_lab.evaluate.guard import (
     COUNT,
+    Allowance,
     Guarded,
     Verdict,
     check_against_stock,
     draw,
     read_verdict,
-    tolerance,
     write_verdict,
 )
 from lora_lab.evaluate.guard_note import guard_note
@@ -39,11 +39,18 @@ def stock(values: Sequence[float], *, alone: Sequence[float] | None = None, call
 
 
 @pytest.mark.parametrize(
-    ("scored", "spread", "grain", "allowed"),
-    [(1, None, 0.5, 1e-4), (100, None, 0, 1e-4), (250, None, 0, 2.5e-4), (1, 0.2, 0, 0.6), (1, 0.0, 0.25, 0.25)],
+    ("scored", "spread", "rounding", "allowed"),
+    [
+        (1, 0, 0, 1e-4),
+        (100, 0, 0, 1e-4),
+        (250, 0, 0, 2.5e-4),
+        (1, 0.2, 0.01, 0.6),
+        (9, 0.1, 0.01, 1.2),  # twice a hundredth of 20, times 3
+        (1, 0.1, 0.01, 0.5),  # a hundredth of the score
+    ],
 )
-def test_tolerance(scored: int, spread: float | None, grain: float, allowed: float) -> None:
-    assert tolerance(scored, spread, grain=grain) == pytest.approx(allowed)
+def test_tolerance(scored: int, spread: float, rounding: float, allowed: float) -> None:
+    assert Allowance(spread, rounding, 20.0).of(-50.0, scored) == pytest.approx(allowed)
 
 
 def test_sixty_four_from_all_tasks_in_turn() -> None:
@@ -66,8 +73,10 @@ def test_long_texts_are_drawn_up_to_a_share() -> None:
 def test_within_the_tolerance() -> None:
     calls: list[int | None] = []
     values = [-1.0, -2.0, -3.0]
-    verdict = check_against_stock(requests([-1.00005, -2.0, -3.0]), stock(values, calls=calls), rounding=None)
-    assert verdict == Verdict(3, pytest.approx(5e-5), pytest.approx(0.5), None)
+    verdict = check_against_stock(
+        requests([-1.00005, -2.0, -3.0]), stock(values, calls=calls), rounding=None, largest_logit=1.0
+    )
+    assert verdict == Verdict(3, pytest.approx(5e-5), pytest.approx(0.5), Allowance(0.0, 0.0, 1.0))
     assert calls == [None]
 
 
@@ -75,25 +84,27 @@ def test_narrow_numbers_are_measured_by_lm_evals_own_spread() -> None:
     calls: list[int | None] = []
     theirs, alone = [-1.0, -2.0, -3.0], [-1.0, -2.1, -3.0]
     verdict = check_against_stock(
-        requests([-1.25, -2.0, -3.0]), stock(theirs, alone=alone, calls=calls), rounding=0.0078
+        requests([-1.25, -2.0, -3.0]), stock(theirs, alone=alone, calls=calls), rounding=0.001, largest_logit=1.0
     )
     assert calls == [1, 8]
-    assert verdict.spread == pytest.approx(0.1) and verdict.largest_share == pytest.approx(0.25 / 0.3)
+    assert verdict.allowance.spread == pytest.approx(0.1) and verdict.largest_share == pytest.approx(0.25 / 0.3)
     with pytest.raises(EvaluationError, match=r"allowed is 0\.3"):
-        check_against_stock(requests([-1.35, -2.0, -3.0]), stock(theirs, alone=alone), rounding=0.0078)
+        check_against_stock(
+            requests([-1.35, -2.0, -3.0]), stock(theirs, alone=alone), rounding=0.001, largest_logit=1.0
+        )
 
 
 def test_one_rounding_is_no_fault() -> None:
     """-44.75 and -44.5 are neighbours in bf16, and lm-eval's own scores may not move at all on a small model."""
-    check_against_stock(requests([-44.75]), stock([-44.5]), rounding=2**-7)
+    check_against_stock(requests([-44.75], scored=4), stock([-44.5]), rounding=2**-7, largest_logit=1.0)
     with pytest.raises(EvaluationError):
-        check_against_stock(requests([-44.75]), stock([-44.5]), rounding=2**-10)
+        check_against_stock(requests([-44.75], scored=4), stock([-44.5]), rounding=2**-8, largest_logit=1.0)
 
 
 @pytest.mark.parametrize("value", [-2.0003, float("nan"), float("inf")])
 def test_beyond_it_the_request_is_shown(value: float) -> None:
     with pytest.raises(EvaluationError) as caught:
-        check_against_stock(requests([-1.0, value, -3.0]), stock([-1.0, -2.0, -3.0]), rounding=None)
+        check_against_stock(requests([-1.0, value, -3.0]), stock([-1.0, -2.0, -3.0]), rounding=None, largest_logit=1.0)
     (problem,) = caught.value.problems
     assert problem.where == "task task1, document 1"
     for part in ("'context 1' -> ' end'", "-2.000000", f"{value:.6f}", "evaluation.engine=stock"):
@@ -102,14 +113,14 @@ def test_beyond_it_the_request_is_shown(value: float) -> None:
 
 def test_the_worst_request_is_shown() -> None:
     with pytest.raises(EvaluationError, match="document 2"):
-        check_against_stock(requests([-1.5, -2.0, -4.0]), stock([-1.0, -2.0, -3.0]), rounding=None)
+        check_against_stock(requests([-1.5, -2.0, -4.0]), stock([-1.0, -2.0, -3.0]), rounding=None, largest_logit=1.0)
 
 
 def test_kept_verdicts(tmp_path: Path) -> None:
     path = tmp_path / "guards" / "one.json"
     assert read_verdict(path) is None
-    write_verdict(path, Verdict(64, 3e-5, 0.3, None), {"base": "x"})
-    assert read_verdict(path) == Verdict(64, 3e-5, 0.3, None)
+    write_verdict(path, Verdict(64, 3e-5, 0.3, Allowance(0.1, 0.01, 30.0)), {"base": "x"})
+    assert read_verdict(path) == Verdict(64, 3e-5, 0.3, Allowance(0.1, 0.01, 30.0))
     path.write_text("{broken")
     assert read_verdict(path) is None
 

@@ -96,7 +96,7 @@ def _without(where: str, folder: Path, marker: str) -> Problem:
 
 def _value_problems(arguments: Mapping[str, Any]) -> Iterator[Problem]:
     """lm-eval reads a value as a number where it can, and else hands the text on as it is."""
-    from lora_lab.evaluate.lab_model import Engine
+    from lora_lab.evaluate.generating_model import Engine
 
     for key, choices in (("engine", get_args(Engine)), ("dtype", _dtypes())):
         value = arguments.get(key, choices[0])

@@ -39,6 +39,15 @@ class TreeCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanScores:
+    """answers: (log-likelihood in nats, whether each target is the argmax) per row of the plan. largest_logit: of all
+    that were looked at, without its sign."""
+
+    answers: tuple[Answer, ...]
+    largest_logit: float
+
+
+@dataclass(frozen=True, slots=True)
 class TreePlan:
     """The tree of a set of requests and how it is computed; made without a model."""
 
@@ -75,8 +84,8 @@ def score_plan(
     softmax_dtype: torch.dtype | None = None,
     autocast: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - it has no state
     progress: Progress = lambda _read, _total: None,
-) -> list[Answer]:
-    """[(log-likelihood in nats, whether each target is the argmax)] in the order of the plan's rows.
+) -> PlanScores:
+    """The scores of a plan's rows, in their order.
 
     Log-probabilities are normalised and summed in the dtype of the logits, or in `softmax_dtype`, as lm-eval does it.
 
@@ -87,9 +96,9 @@ def score_plan(
         progress: told after each pass.
     """
     if not plan.rows:
-        return []
+        return PlanScores((), 0.0)
     asked = _Asked.of(plan)
-    read, total = 0, plan.counts.computed_tokens
+    read, total, largest = 0, plan.counts.computed_tokens, 0.0
     values: list[Tensor] = []
     order: list[Nodes] = []
     greedy = np.full(plan.tree.size, -1, dtype=np.int64)
@@ -106,12 +115,13 @@ def score_plan(
             with autocast:
                 logits = forward(one, wanted)
             pairs = asked.pairs_of(wanted)
+            largest = max(largest, _largest(logits))
             scores, best = _normalised(logits, wanted, asked, pairs, softmax_dtype)
             values.append(scores)
             order.append(pairs)
             greedy[wanted] = best
             progress(read, total)
-    return _answers(plan, asked, torch.cat(values), np.concatenate(order), greedy)
+    return PlanScores(_answers(plan, asked, torch.cat(values), np.concatenate(order), greedy), largest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +168,7 @@ def _normalised(
     return torch.cat(scores).cpu(), torch.cat(best).cpu().numpy()
 
 
-def _answers(plan: TreePlan, asked: _Asked, values: Tensor, order: Nodes, greedy: Nodes) -> list[Answer]:
+def _answers(plan: TreePlan, asked: _Asked, values: Tensor, order: Nodes, greedy: Nodes) -> tuple[Answer, ...]:
     by_pair = torch.empty_like(values)
     by_pair[torch.from_numpy(order)] = values
     right = greedy[asked.nodes] == asked.targets
@@ -166,4 +176,12 @@ def _answers(plan: TreePlan, asked: _Asked, values: Tensor, order: Nodes, greedy
     for row, pairs in zip(plan.rows, asked.of_row, strict=True):
         if row not in answers:
             answers[row] = (float(by_pair[torch.from_numpy(pairs)].sum()), bool(right[pairs].all()))
-    return [answers[row] for row in plan.rows]
+    return tuple(answers[row] for row in plan.rows)
+
+
+def _largest(logits: Tensor) -> float:
+    """Without its sign; 0 where there are none."""
+    if not logits.numel():
+        return 0.0
+    least, most = logits.aminmax()
+    return max(abs(float(least)), abs(float(most)))

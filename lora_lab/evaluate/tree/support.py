@@ -1,10 +1,209 @@
-"""Which models a tree mask is valid for."""
+"""Whether a model can be scored by a tree: what its configuration rules out, then a numeric probe.
+
+A tree's row holds tokens that are not each other's past, so a token must see what the mask lets it see and nothing
+else, and stand where `position_ids` says. A configuration can say that this fails only beyond some length (windows,
+rotary frequencies that change with the row), which a short probe cannot see; a probe finds what no configuration says.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lora_lab.adapters.prompts import virtual_tokens
+from lora_lab.evaluate.tree.probe import LONGEST, SHORTEST, why_probe_fails
+
+# Implementations that add a mask of floats to the scores.
+_ADDITIVE = ("sdpa", "eager")
+# Layers whose attention is causal within a window, if there is one.
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+# Where configurations keep the number of tokens that a windowed layer looks back on, its own included.
+_WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_chunk_size",
+    "attention_window_size",
+    "attention_window",
+    "keep_window_size",
+    "local_attention",
+    "window_size",
+)
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+# Rotary frequencies that are chosen by the longest position of the whole call, and beyond which length.
+_ROPE_LIMITS = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+_OTHER_SENSES = ("vision", "audio", "image", "video", "speech")
+
+_State = tuple[object, ...]
+_probed: WeakKeyDictionary[nn.Module, dict[_State, str | None]] = WeakKeyDictionary()
 
 
 def why_not_tree(model: nn.Module, *, depth: int) -> str | None:
-    """Why `model` cannot be scored by a tree of inputs up to `depth` tokens; None where it can."""
+    """Why `model` cannot be scored by a tree of inputs up to `depth` tokens, virtual ones included; None if it can.
+
+    The probe runs once per model object and adapter state (which adapters are active, enabled, merged, of what kind),
+    dtype, device and attention implementation: ten forward passes of at most 70 tokens. It leaves training modes, the
+    configuration, hooks, routing logs, gradients and global random state as they were.
+    """
+    network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    why = _why_no_causal_lm(network) or _why_no_adapter(model)
+    if why is not None:
+        return why
+    sections = list(_sections(network.config.get_text_config(decoder=True)))
+    for check in _CHECKS:
+        why = check(network, sections, depth)
+        if why is not None:
+            return why
+    limits = [*_windows(sections).values(), *_positions(sections)]
+    room = min([LONGEST, *(limit - virtual_tokens(model) for limit in limits)])
+    if room < SHORTEST:
+        return f"its window or context leaves {room} tokens, too few to probe it"
+    states, state = _probed.setdefault(model, {}), _state(model, network)
+    if state not in states:
+        states[state] = why_probe_fails(model, length=room)
+    return states[state]
+
+
+def _why_no_causal_lm(network: Any) -> str | None:
+    if not isinstance(network, PreTrainedModel):
+        return f"{type(network).__name__} is no model of transformers"
+    if network.config.is_encoder_decoder:
+        return "it is an encoder-decoder: its encoder sees whole inputs"
+    if not network.can_generate():
+        return f"{type(network).__name__} is no causal language model"
+    if network.get_output_embeddings() is None:
+        return "it has no output embedding whose input could be chosen"
     return None
+
+
+def _why_no_adapter(model: Any) -> str | None:
+    """PEFT's activated LoRA looks for its invocation tokens in the row, which in a tree is none."""
+    if not isinstance(model, PeftModel):
+        return None
+    active = [model.peft_config[name] for name in model.active_adapters if name in model.peft_config]
+    if any(getattr(config, "alora_invocation_tokens", None) for config in active):
+        return "its activated LoRA starts at invocation tokens, which it looks for in the whole row"
+    return None
+
+
+def _sections(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A configuration and those inside it that are about text."""
+    yield config
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig) and not any(sense in name for sense in _OTHER_SENSES):
+            yield from _sections(value)
+
+
+def _layer_types(section: Any) -> list[str]:
+    return list(getattr(section, "layer_types", None) or ())
+
+
+def _why_layers(network: Any, sections: list[Any], _depth: int) -> str | None:
+    for section in sections:
+        other = sorted({str(kind) for kind in _layer_types(section)} - set(_ATTENTION))
+        if other:
+            return f"its recurrent or hybrid layers ({', '.join(other)}) run along the row, not along ancestors"
+    if getattr(network, "_is_stateful", False):
+        return "its recurrent state runs along the row, not along ancestors"
+    return None
+
+
+def _why_positions(network: Any, sections: list[Any], depth: int) -> str | None:
+    if any(getattr(section, "alibi", False) for section in sections):
+        return "its ALiBi biases follow places in the row and ignore position_ids"
+    if "position_ids" not in inspect.signature(type(network).forward).parameters:
+        return f"{type(network).__name__} takes no position_ids, so places in the row count"
+    if any(getattr(section, "attn_temperature_tuning", False) for section in sections):
+        return "its attention temperature follows places in the row and ignores position_ids"
+    for section in sections:
+        for kind, limit in _rope_limits(section):
+            if depth > limit:
+                return f"its {kind} rotary frequencies change in rows beyond {limit} tokens, and inputs have {depth}"
+    return None
+
+
+def _why_attention(network: Any, sections: list[Any], _depth: int) -> str | None:
+    for section in sections:
+        if getattr(section, "use_bidirectional_attention", None) in (True, "all") or not _is_causal(section):
+            return "its attention is bidirectional: a token sees what follows it"
+    implementation = sections[0]._attn_implementation or network.config._attn_implementation
+    if implementation not in (None, *_ADDITIVE):
+        return f"its attention implementation {implementation} takes no additive mask; {' and '.join(_ADDITIVE)} do"
+    for name, buffer in network.named_buffers():
+        if buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] > 1:
+            # GPT-Neo's windows and the first GPT's triangle cut what lies further apart in a row, which a tree's may.
+            return f"{name} is a mask of its own over {buffer.shape[-1]} places in the row"
+    return None
+
+
+def _why_window(_network: Any, sections: list[Any], depth: int) -> str | None:
+    for name, window in _windows(sections).items():
+        if window < depth:
+            return f"its {name} of {window} is shorter than the longest input ({depth} tokens)"
+    return None
+
+
+_CHECKS: tuple[Callable[[Any, list[Any], int], str | None], ...] = (
+    _why_layers,
+    _why_window,
+    _why_positions,
+    _why_attention,
+)
+
+
+def _is_causal(section: Any) -> bool:
+    return getattr(section, "is_causal", None) is not False
+
+
+def _windows(sections: list[Any]) -> dict[str, int]:
+    """The windows that some layer uses, by the key that sets them."""
+    found: dict[str, int] = {}
+    for section in sections:
+        for name in _WINDOWS:
+            value = getattr(section, name, None)
+            if isinstance(value, int) and value > 0 and _is_used(section, name):
+                found[name] = min(value, found.get(name, value))
+    return found
+
+
+def _is_used(section: Any, name: str) -> bool:
+    if name == "window_size":  # GPT-Neo's; elsewhere the name is used for other things
+        return "local" in (getattr(section, "attention_layers", None) or ())
+    if name == "sliding_window" and getattr(section, "use_sliding_window", None) is False:
+        return False
+    types = _layer_types(section)
+    return not types or any(kind != "full_attention" for kind in types)
+
+
+def _positions(sections: list[Any]) -> list[int]:
+    values = [getattr(section, name, None) for section in sections for name in _POSITIONS]
+    return [value for value in values if isinstance(value, int) and value > 0]
+
+
+def _rope_limits(section: Any) -> Iterator[tuple[str, int]]:
+    """(rope_type, longest row with the usual frequencies); parameters may be given per layer type."""
+    parameters = getattr(section, "rope_parameters", None) or {}
+    for one in (parameters, *parameters.values()):
+        kind = one.get("rope_type") if isinstance(one, dict) else None
+        if kind in _ROPE_LIMITS:
+            limit = one.get(_ROPE_LIMITS[kind]) or getattr(section, _ROPE_LIMITS[kind], None)
+            if limit is not None:
+                yield kind, int(limit)
+
+
+def _state(model: Any, network: Any) -> _State:
+    """What may change in a model object so that it has to be probed again."""
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    tuned = frozenset(
+        (type(layer).__name__, tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters))
+        for layer in layers
+    )
+    virtual = virtual_tokens(model)
+    prompt = (str(model.active_peft_config.peft_type), virtual) if virtual else None
+    return (tuned, prompt, network.dtype, str(network.device), network.config._attn_implementation)
