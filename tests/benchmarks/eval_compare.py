@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from lora_lab.evaluate.guard import tolerance
+from lora_lab.evaluate.guard import Allowance
 from lora_lab.evaluate.lab_model import Pair
 from tests.benchmarks.eval_timing import Call, EngineRun, TimedModel
 
 Document = tuple[str, int]
+_FLOAT32 = Allowance(spread=0.0, rounding=0.0, largest_logit=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,11 @@ class _Request:
     beyond: Beyond | None = None
 
 
+def allowed_nats(tokens: int) -> float:
+    """By how much two float32 scores of so many tokens may differ."""
+    return _FLOAT32.of(0.0, tokens)
+
+
 def compare(stock: EngineRun, ours: EngineRun, lm: TimedModel) -> Agreement:
     """Both runs have made the same calls; `lm` computes logits where greedy choices differ."""
     requests: dict[Document, list[_Request]] = defaultdict(list)
@@ -129,7 +135,7 @@ def _scored(
     alone: Callable[[], float | None],
 ) -> _Request:
     difference = abs(one - other)
-    share = difference / tolerance(tokens, None, grain=0.0)
+    share = difference / allowed_nats(tokens)
     return _Request(difference, share, False, gap, Beyond(*document, one, other, alone()) if share > 1 else None)
 
 
@@ -150,7 +156,7 @@ def _differences(
             nats = max((one.difference for one in answers if one.difference is not None), default=None)
             logit = max((one.gap for one in answers if one.gap is not None), default=None)
             shares = [one.share for one in answers if one.share is not None]
-            near = all(share <= 1 for share in shares) and (logit is None or logit <= 2 * tolerance(1, None, grain=0.0))
+            near = all(share <= 1 for share in shares) and (logit is None or logit <= 2 * allowed_nats(1))
             for metric in theirs["metrics"]:
                 values = _number(theirs[metric]), _number(own[metric])
                 if _differs(*values, moved=nats or 0.0):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from lora_lab.evaluate.guard import tolerance
 from lora_lab.evaluate.heldout import scoring_mode
+from tests.benchmarks.eval_compare import allowed_nats
 from tests.benchmarks.eval_rows import Growth
 from tests.benchmarks.eval_timing import Bench, Call, TimedModel, run_row
 from tests.benchmarks.eval_work import work_of
@@ -61,9 +61,7 @@ def chunk_spread(bench: Bench, growth: Growth, report: Report) -> dict[str, Any]
         "rows": {row.name: dict(row.documents) for row in growth.spread},
         "requests": len(spreads),
         "largest_spread": max(spreads),
-        "largest_share": max(
-            spread / tolerance(count, None, grain=0.0) for spread, count in zip(spreads, scored, strict=True)
-        ),
+        "largest_share": max(spread / allowed_nats(count) for spread, count in zip(spreads, scored, strict=True)),
         "budgets": budgets,
     }
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from lora_lab.evaluate.tree.support import why_not_tree
 from lora_lab.models.load import load_base
 from tests.benchmarks.eval_compare import compare
 from tests.benchmarks.eval_growth import chunk_spread, guard_cost, prefix_growth, request_growth
@@ -95,6 +96,7 @@ def measure(
     """All rows, then the parts that are asked for."""
     begin = time.perf_counter()
     speeds, loads = [product_gflops()], [os.getloadavg()[0]]
+    probe = _probe_seconds(bench)
     for lm in bench.models.values():
         run_row(bench, WARM_UP, lm)
     lines = []
@@ -112,10 +114,18 @@ def measure(
         "load_average": loads,
         "matrix_product_gflops": speeds,
         # The fastest of all: what slows a machine down for a while does not lower its limit.
+        "probe_seconds": probe,
         "rows": [{**line, **limit_of(line, gflops=max(speeds))} for line in lines],
         **found,
         "seconds": time.perf_counter() - begin,
     }
+
+
+def _probe_seconds(bench: Bench) -> float:
+    """Of the look at whether the model can be scored by a tree, which is remembered with the model object."""
+    start = time.perf_counter()
+    why_not_tree(bench.models["tree"].model, depth=1)
+    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -79,6 +79,7 @@ def _tail(result: Mapping[str, Any]) -> Iterator[str]:
     if guard := result.get("guard"):
         requests = sum(verdict["requests"] for verdict in guard["verdicts"])
         yield f"guard: {guard['seconds']:.1f} s for {requests} requests, once per base and kind of adapter"
+    yield f"probe: {result['probe_seconds']:.1f} s, once per model object and kind of adapter"
     if result["quick"]:
         yield "two documents of each task: its times mean nothing"
     speeds, loads = result["matrix_product_gflops"], result["load_average"]

@@ -87,6 +87,7 @@ def test_a_row_counts_what_the_engine_counts(bench: Bench, runs: dict[str, Engin
         "load_average": [0.0, 0.0],
         "matrix_product_gflops": [1.0, 1.0],
         "seconds": 1.0,
+        "probe_seconds": 0.5,
         "rows": json.loads(json.dumps([line | limit], allow_nan=False)),
     }
     write_plot(result, tmp_path / "plot.html")
