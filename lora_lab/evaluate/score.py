@@ -40,7 +40,8 @@ def score_model(
         EvaluationError: a score is not finite, or lm-eval refuses.
     """
     evaluation = trial.evaluation
-    scores = evaluate_model(model, tokenizer, evaluation, cache=cache, output=output)
+    untouched = trial.method.kind == "base"  # whose scores every sweep asks for again
+    scores = evaluate_model(model, tokenizer, evaluation, cache=cache, output=output, remember=untouched)
     tasks = tuple(scores.facts.get("task_hashes", ()))
     why = write_answers(model, tokenizer, rows, evaluation.answers, template=trial.data.template, output=output)
     if why is not None:

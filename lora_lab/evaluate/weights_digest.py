@@ -106,12 +106,12 @@ class _Digest:
         return self._hash.hexdigest()
 
     def _add_module(self, name: str, module: nn.Module) -> None:
-        own = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE | _BOOKKEEPING}
+        own = {key: value for key, value in vars(module).items() if not _is_bookkeeping(module, key, value)}
         tensors = {key: value for key, value in own.items() if isinstance(value, Tensor)}
         settings = {key: self._plain(value) for key, value in own.items() if key not in tensors}
         self._record(["module", name, _class_name(module), settings, _hooks(module)])
-        tensors |= {key: one for key, one in module.named_parameters(recurse=False, remove_duplicate=False)}
-        tensors |= {key: one for key, one in module.named_buffers(recurse=False, remove_duplicate=False)}
+        tensors |= dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        tensors |= dict(module.named_buffers(recurse=False, remove_duplicate=False))
         for key, tensor in sorted(tensors.items()):
             place = f"{name}.{key}"
             if self._is_new(place, tensor):
@@ -145,7 +145,7 @@ class _Digest:
         self._record(["tensor", place, str(tensor.dtype), list(tensor.shape)])
         # Bytes as they are: bf16 has no type in NumPy.
         flat = tensor.data.cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._hash.update(flat.numpy())
+        self._hash.update(memoryview(flat.numpy()))
 
     def _record(self, value: object) -> None:
         content = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
@@ -154,14 +154,16 @@ class _Digest:
 
     def _plain(self, value: Any) -> Any:
         """`value` as JSON with one spelling."""
-        if value is None or isinstance(value, (bool, int, str)) and not isinstance(value, enum.Enum):
+        if value is None or (isinstance(value, (bool, int, str)) and not isinstance(value, enum.Enum)):
             return value
         if isinstance(value, float):
             return value.hex()
         if isinstance(value, enum.Enum):
             return [_class_name(value), value.name]
         if isinstance(value, Mapping):
-            return [[str(key), self._plain(entry)] for key, entry in sorted(value.items(), key=lambda pair: str(pair[0]))]
+            return [
+                [str(key), self._plain(entry)] for key, entry in sorted(value.items(), key=lambda pair: str(pair[0]))
+            ]
         if isinstance(value, (set, frozenset)):
             return sorted((self._plain(entry) for entry in value), key=json.dumps)
         if isinstance(value, (list, tuple)):
@@ -182,6 +184,13 @@ class _Digest:
             text = json.dumps([_class_name(config), plain], sort_keys=True)
             known = self._configs[id(config)] = hashlib.sha256(text.encode()).hexdigest()
         return known
+
+
+def _is_bookkeeping(module: nn.Module, key: str, value: Any) -> bool:
+    """PEFT leaves methods on a model that are the ones its class has anyway."""
+    if key in _OF_EVERY_MODULE or key in _BOOKKEEPING:
+        return True
+    return getattr(value, "__self__", None) is module and value.__func__ is getattr(type(module), key, None)
 
 
 def _scales(module: Any) -> Iterator[tuple[str, Tensor]]:
