@@ -12,6 +12,7 @@ import enum
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -187,10 +188,13 @@ class _Digest:
 
 
 def _is_bookkeeping(module: nn.Module, key: str, value: Any) -> bool:
-    """PEFT leaves methods on a model that are the ones its class has anyway."""
+    """Also a method that is the one its owner's class has, which PEFT leaves on a model after generating: of the module
+    itself, or of the model inside it, which is asked for what the module's class does not have."""
     if key in _OF_EVERY_MODULE or key in _BOOKKEEPING:
         return True
-    return getattr(value, "__self__", None) is module and value.__func__ is getattr(type(module), key, None)
+    if not isinstance(value, MethodType) or value.__func__ is not getattr(type(value.__self__), key, None):
+        return False
+    return value.__self__ is module or not hasattr(type(module), key)
 
 
 def _scales(module: Any) -> Iterator[tuple[str, Tensor]]:
