@@ -188,10 +188,13 @@ class _Digest:
 
 
 def _is_bookkeeping(module: nn.Module, key: str, value: Any) -> bool:
-    """Also a method that is the one its owner's class has, which PEFT leaves on a model after generating: of the module
-    itself, or of the model inside it, which is asked for what the module's class does not have."""
+    """Also what PEFT leaves on a model after generating: settings of generation on a module that cannot generate, and a
+    method that is the one its owner's class has, where the owner is the module itself, or the model inside it, which is
+    asked for what the module's class does not have."""
     if key in _OF_EVERY_MODULE or key in _BOOKKEEPING:
         return True
+    if key == "generation_config":
+        return not hasattr(type(module), "generate")
     if not isinstance(value, MethodType) or value.__func__ is not getattr(type(value.__self__), key, None):
         return False
     return value.__self__ is module or not hasattr(type(module), key)

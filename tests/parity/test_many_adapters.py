@@ -209,9 +209,7 @@ def test_a_base_with_adapters_is_refused(make_trial: MakeTrial, shared: Path, tm
     model = load_adapter(base.model, folder)
     for carrier in (model, base.model):
         with pytest.raises(ValueError, match="carries adapters already"):
-            evaluate_adapters(
-                carrier, base.tokenizer, {"a": folder}, TASKS, cache=shared, output=tmp_path / "many"
-            )
+            evaluate_adapters(carrier, base.tokenizer, {"a": folder}, TASKS, cache=shared, output=tmp_path / "many")
 
 
 def test_an_unfrozen_model_of_transformers_own(make_trial: MakeTrial, shared: Path, tmp_path: Path) -> None:

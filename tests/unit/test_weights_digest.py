@@ -149,9 +149,7 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
     "ia3": lambda: get_peft_model(
         network("llama"), IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     ),
-    "prompt": lambda: get_peft_model(
-        network("llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    ),
+    "prompt": lambda: get_peft_model(network("llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")),
     "disabled": lambda: _disabled(lora(network("llama"))),
     "merged": lambda: _merged(lora(network("llama"))),
     "melted": lambda: lora(network("llama")).merge_and_unload(),
