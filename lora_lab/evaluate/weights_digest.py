@@ -146,7 +146,7 @@ class _Digest:
         self._record(["tensor", place, str(tensor.dtype), list(tensor.shape)])
         # Bytes as they are: bf16 has no type in NumPy.
         flat = tensor.data.cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._hash.update(memoryview(flat.numpy()))
+        self._hash.update(flat.numpy().data)
 
     def _record(self, value: object) -> None:
         content = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

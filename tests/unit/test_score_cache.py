@@ -221,7 +221,7 @@ def remembering_model(
     return made
 
 
-def key_of(model: RememberingModel, requests: list[Instance] = PAIRS[:2]) -> str:  # noqa: B006 - read only
+def key_of(model: RememberingModel, requests: list[Instance] = PAIRS[:2]) -> str:
     model.loglikelihood(requests)
     facts = model.score_cache_facts
     assert facts is not None

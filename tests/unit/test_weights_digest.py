@@ -1,4 +1,4 @@
-"""The digest of a model in memory: equal for a fresh load of the same, different for whatever computes something else."""
+"""The digest of a model in memory: equal for a fresh load of the same, another for whatever computes something else."""
 
 from __future__ import annotations
 
