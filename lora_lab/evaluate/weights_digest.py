@@ -57,8 +57,7 @@ _BOOKKEEPING = frozenset(
         "_skip_keys_device_placement",
         "_tp_plan",
         "_weight_conversions",
-        # bitsandbytes: whether a first forward pass has been; its 8-bit state is read in `_scales`
-        "compute_type_is_set",
+        # bitsandbytes: read in `_scales`
         "state",
         # the lab's mixtures: who listens to a router, and what a layer keeps between two calls
         "routing_adapter",
