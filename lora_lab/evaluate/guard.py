@@ -58,6 +58,10 @@ class Allowance:
         return max(exact, _SPREADS * self.spread, logits, self.rounding * abs(score))
 
 
+# Of float32 and float64 arithmetic.
+EXACT = Allowance(spread=0.0, rounding=0.0, largest_logit=0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """requests: compared. largest_difference: nats. largest_share: of the tolerance, 1 at most."""

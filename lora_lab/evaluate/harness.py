@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -19,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from lora_lab.errors import EvaluationError, LabError, MachineError, Problem
 from lora_lab.evaluate.guard_note import GuardNote
 from lora_lab.evaluate.heldout import scoring_mode
-from lora_lab.evaluate.lab_model import LabModel
 from lora_lab.evaluate.near_ties import near_ties
 from lora_lab.evaluate.readings import read_metrics, task_hashes
+from lora_lab.evaluate.remembering import NotedTasks, RememberingModel
 from lora_lab.evaluate.surroundings import console_to, data_cache, kept_random_state, one_environment_report
 from lora_lab.evaluate.tasks import PreparedTasks, prepare_tasks
 from lora_lab.evaluate.tree.scores import Progress
@@ -53,6 +52,7 @@ def evaluate_model(
     output: Path,
     guard_note: GuardNote | None = None,
     progress: Progress = lambda _read, _total: None,
+    remember: bool = False,
 ) -> Scores:
     """Scores `model`, where it is, on the tasks of `evaluation`; held-out rows are not among them (`score_heldout`).
 
@@ -61,7 +61,8 @@ def evaluate_model(
 
     `output` (made if need be) gets lm-eval's returned mapping as `results.json`, its samples as `samples_TASK.jsonl`,
     what it printed as `lm_eval.log`, and documents that could turn within rounding as `near_ties.json`. lm-eval's own
-    caches are never used: their keys lack limit and data revision.
+    caches are never used: their keys lack limit and data revision. With `remember` answers are looked up and kept in
+    `cache` (`RememberingModel`), and the facts say which were.
     Global random state, the model's training flags and the tokenizer are as before afterwards.
 
     Raises:
@@ -81,7 +82,7 @@ def evaluate_model(
         one_environment_report(),
         data_cache(cache, offline=not (tasks.needs_defaults or evaluation.include_path)),
     ):
-        lm = LabModel(
+        lm = RememberingModel(
             model,
             tokenizer=tokenizer,
             batch_size=evaluation.batch_size,
@@ -89,6 +90,9 @@ def evaluate_model(
             chunk_tokens=evaluation.chunk_tokens,
             guard_note=guard_note,
             progress=progress,
+            remember_in=cache / "scores" if remember else None,
+            about={"limit": evaluation.limit, "num_fewshot": evaluation.num_fewshot, "seeds": SEEDS},
+            applies_chat_template=evaluation.apply_chat_template,
         )
         results = _simple_evaluate(lm, tasks, evaluation, log=log)
     _write_files(results, output)
@@ -99,11 +103,15 @@ def evaluate_model(
     return Scores(metrics, missing, facts, time.perf_counter() - begin)
 
 
-def _simple_evaluate(lm: LabModel, tasks: PreparedTasks, evaluation: Evaluation, *, log: Path) -> dict[str, Any]:
+def _simple_evaluate(
+    lm: RememberingModel, tasks: PreparedTasks, evaluation: Evaluation, *, log: Path
+) -> dict[str, Any]:
     """lm-eval's returned mapping; its errors become ours, naming the log that holds the rest."""
     try:
-        manager = TaskManager(
-            include_path=[str(folder) for folder in tasks.folders], include_defaults=tasks.needs_defaults
+        manager = NotedTasks(
+            lm.note_tasks,
+            include_path=[str(folder) for folder in tasks.folders],
+            include_defaults=tasks.needs_defaults,
         )
         results: dict[str, Any] = simple_evaluate(
             model=lm,
@@ -137,7 +145,7 @@ def _write_files(results: Mapping[str, Any], output: Path) -> None:
         (output / f"samples_{task}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _facts(results: Mapping[str, Any], evaluation: Evaluation, lm: LabModel) -> dict[str, Any]:
+def _facts(results: Mapping[str, Any], evaluation: Evaluation, lm: RememberingModel) -> dict[str, Any]:
     return {
         "lm_eval_version": results["lm_eval_version"],
         "task_versions": dict(results["versions"]),
@@ -150,6 +158,7 @@ def _facts(results: Mapping[str, Any], evaluation: Evaluation, lm: LabModel) -> 
         "engine": lm.engine_facts,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "seeds": SEEDS,
+        "score_cache": lm.score_cache_facts,
     }
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_lab.adapters.prompts import virtual_tokens
 from lora_lab.evaluate.checked_model import check_finite
 from lora_lab.evaluate.generating_model import Engine, GeneratingModel
-from lora_lab.evaluate.guard import Allowance, Guarded, Verdict, check_against_stock, read_verdict, write_verdict
+from lora_lab.evaluate.guard import EXACT, Allowance, Guarded, Verdict, check_against_stock, read_verdict, write_verdict
 from lora_lab.evaluate.guard_note import GuardNote
 from lora_lab.evaluate.tree.rounding import logit_rounding
 from lora_lab.evaluate.tree.scores import Answer, Progress, TreePlan, plan_rows, score_plan
@@ -77,9 +77,9 @@ class LabModel(GeneratingModel):
 
     def allowed(self, score: float, text: str) -> float:
         """Nats by which the score of this continuation may be off, as far as the guard has measured it."""
-        spread = max((verdict.allowance.spread for verdict in self._verdicts.values()), default=0.0)
-        allowance = Allowance(spread, self._rounding() or 0.0, self._largest_logit)
-        return allowance.of(score, len(self.tok_encode(text, add_special_tokens=False)))
+        measured = [Allowance(**facts["guard"]["allowance"]) for facts in self.engine_facts if "guard" in facts]
+        scored = len(self.tok_encode(text, add_special_tokens=False))
+        return max(allowance.of(score, scored) for allowance in [EXACT, *measured])
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """[(log-likelihood in nats, whether greedy decoding gives the continuation)], one per request."""

@@ -43,9 +43,15 @@ def score_model(
         EvaluationError: a score is not finite, or lm-eval refuses.
     """
     evaluation = trial.evaluation
-    note = guard_note(trial, device=model.device.type, cache=cache)
     scores = evaluate_model(
-        model, tokenizer, evaluation, cache=cache, output=output, guard_note=note, progress=progress
+        model,
+        tokenizer,
+        evaluation,
+        cache=cache,
+        output=output,
+        guard_note=guard_note(trial, device=model.device.type, cache=cache),
+        progress=progress,
+        remember=trial.method.kind == "base",  # whose scores every sweep asks for again
     )
     tasks = tuple(scores.facts.get("task_hashes", ()))
     why = write_answers(model, tokenizer, rows, evaluation.answers, template=trial.data.template, output=output)

@@ -27,10 +27,13 @@ def costs_of(model: nn.Module) -> Costs:
     """With d attended channels per layer, L layers and p weights of linear layers: one pair is 4 d L operations, one
     token 2 p."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    layers = int(config.num_hidden_layers)
-    heads = int(config.num_attention_heads)
-    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return Costs(attention=_SLOWER * 2 * layers * heads * size / _linear_weights(model), overhead=_OVERHEAD)
+    heads = getattr(config, "num_attention_heads", None)
+    # Where a model has no such heads, no tree is valid for it, and the figure counts for nothing.
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 1)
+    channels = int((heads or config.hidden_size) * size)
+    return Costs(
+        attention=_SLOWER * 2 * config.num_hidden_layers * channels / _linear_weights(model), overhead=_OVERHEAD
+    )
 
 
 def budget_of(model: nn.Module, chunk_tokens: int | None) -> Budget:
