@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.plan.identity import base_identity
+from lora_lab.schema.evaluation import Evaluation
 from lora_lab.schema.trial import Trial
 
 _LIBRARIES = ("torch", "transformers", "peft", "lm_eval", "lora-lab")
-_LABELS = {"model": {"name", "path"}, "evaluation": {"mirror", "include_path"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +31,24 @@ class GuardNote:
 
 def guard_note(trial: Trial, *, device: str, cache: Path) -> GuardNote:
     """The note of all trials with this base and kind of adapter; trained weights are no part of it."""
-    about = {
-        "base": base_identity(trial.model, cache=cache),
+    base = {
+        "identity": base_identity(trial.model, cache=cache),
+        "model": trial.model.model_dump(mode="json", exclude={"name", "path"}),
         "init_from": trial.init_from,
         "init_as": trial.init_as,
         "precision": trial.training.precision,
         "quantization": trial.quantization.model_dump(mode="json"),
-        "method": trial.method.kind,
+    }
+    return note_of(base, trial.method.kind, trial.evaluation, device=device, cache=cache)
+
+
+def note_of(base: object, adapter: str, evaluation: Evaluation, *, device: str, cache: Path) -> GuardNote:
+    """The note of a base, known by any JSON value, with adapters of a kind, scored in this way."""
+    about = {
+        "base": base,
+        "adapter": adapter,
+        "evaluation": evaluation.model_dump(mode="json", exclude={"mirror", "include_path"}),
         "device": device,
         "libraries": {name: version(name) for name in _LIBRARIES},
-    } | {name: getattr(trial, name).model_dump(mode="json", exclude=labels) for name, labels in _LABELS.items()}
+    }
     return GuardNote(cache / "guards", about)

@@ -15,6 +15,7 @@ from lora_lab.adapters.changed import ABOUT_FILE
 from lora_lab.adapters.folder import CONFIG_FILE, read_adapter
 from lora_lab.adapters.taken_off import adapter_on
 from lora_lab.errors import EvaluationError, InputError, Problem
+from lora_lab.evaluate.guard_note import note_of
 from lora_lab.evaluate.harness import Scores, evaluate_model
 from lora_lab.evaluate.weights_digest import weights_digest
 from lora_lab.schema.evaluation import Evaluation
@@ -36,7 +37,8 @@ def evaluate_adapters(
 
     folders: name -> folder of a saved adapter, of any kind that `load_adapter` takes. The files of an adapter go to
     `output` / its name. All folders are checked before the first is scored. Scores are equal, bit for bit, to those of
-    the adapter on a freshly loaded base: after each the base is what it was, which is checked by `weights_digest`.
+    the adapter on a freshly loaded base: after each the base is what it was, which is checked by `weights_digest`. The
+    guard compares with lm-eval's engine once per kind of adapter.
 
     Raises:
         InputError: with every problem: names that cannot be a folder's, folders that hold no usable adapter (changed
@@ -51,7 +53,11 @@ def evaluate_adapters(
     scores = {}
     for name, folder in folders.items():
         with adapter_on(base, folder) as model:
-            scores[name] = evaluate_model(model, tokenizer, evaluation, cache=cache, output=output / name)
+            kind = str(model.active_peft_config.peft_type)
+            note = note_of(before, kind, evaluation, device=base.device.type, cache=cache)
+            scores[name] = evaluate_model(
+                model, tokenizer, evaluation, cache=cache, output=output / name, guard_note=note
+            )
         del model
         gc.collect()  # an adapter's layers know each other in circles
         if weights_digest(base) != before:

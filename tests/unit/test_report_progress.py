@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,18 @@ def test_it_fits_and_no_number_is_cut(width: int, height: int, running: int) -> 
 def test_a_plain_encoding_gets_plain_signs() -> None:
     lines = _drawn(_busy(2), 60, 30, encoding="ascii")
     assert "\n".join(lines).isascii() and max(map(len, lines)) <= 60
+
+
+def test_scoring_says_how_far_it_is(clock: Clock) -> None:
+    """In the column of steps, which are all done; and the phase goes on, it does not begin again with every share."""
+    sweep = Sweep(clock)
+    sweep.start(_header("run"), 100)
+    for share in (0.0, 0.25):
+        clock.now += 5
+        sweep.phase(_header("run").run_id, f"scoring: {share:.0%}")
+    (run,) = sweep.view().running
+    row = next(line for line in _drawn(replace(_busy(0), running=(run,)), 120, 30) if "scoring" in line)
+    assert "25%" in row and "scoring:" not in row
 
 
 def _busy(running: int) -> SweepView:
