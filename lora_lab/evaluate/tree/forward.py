@@ -2,6 +2,10 @@
 
 The tree mask: token q may attend to token k if k is q itself or an ancestor, which in a depth-first tree is
 k <= q < ends[k]. It is additive, in the model's dtype: eager attention would add a boolean one as 0 and 1.
+
+Attention is the model's own. On a CPU it takes 12 % of a pass of TruthfulQA through SmolLM2-135M (rows of 192 nodes
+behind 172 kept tokens); FlexAttention with a block mask took 14 % less for it than SDPA with this mask, after 14 s of
+compiling per shape, so it is not used. On a GPU neither was measured.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from torch import nn
 
 from lora_lab.evaluate.tree.passes import Budget, Costs
 
-# More tokens make a matrix product no faster: on a CPU their activations only leave the caches.
-_MOST_TOKENS = {"cpu": 512, "cuda": 8192}
+# More tokens make a matrix product no faster. SmolLM2-135M on two cores reads 530 nodes per second with 512, 610 with
+# 1,024 and with 2,048; the figure for CUDA is a guess.
+_MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
 _FEWEST_TOKENS = 64
 # A pass may take this share of what is free.
 _MEMORY_SHARE = 0.25
