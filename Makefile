@@ -35,8 +35,9 @@ lint: $(SETUP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two files at a time, one thread each: most models here are too small for a second core.
 unit: $(SETUP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(SETUP) ## planning, the page, and training speed against a plain PEFT loop, side by side
 	$(BIN)/python -m tests.benchmarks.plan_speed

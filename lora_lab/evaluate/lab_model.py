@@ -149,9 +149,15 @@ class LabModel(GeneratingModel):
         return str(self._facts["engine"])
 
     def _why_stock(self, depth: int) -> str | None:
-        return (
-            "it is not a causal language model" if self.backend != "causal" else why_not_tree(self.model, depth=depth)
-        )
+        if self.backend != "causal":
+            return "it is not a causal language model"
+        return why_not_tree(self.model, depth=depth, probes=self._kept_verdict() is None)
+
+    def _kept_verdict(self) -> Verdict | None:
+        """The guard's on requests of this kind, from this object or from `guard_note`."""
+        kind = str(self._facts["kind"])
+        kept = None if self._guard_note is None else read_verdict(self._guard_note.path(kind))
+        return self._verdicts.get(kind, kept)
 
     @contextlib.contextmanager
     def _call(self, kind: str) -> Iterator[None]:
@@ -174,8 +180,7 @@ class LabModel(GeneratingModel):
             return
         pairs, plan = self._scored
         kind = str(self._facts["kind"])
-        kept = None if self._guard_note is None else read_verdict(self._guard_note.path(kind))
-        verdict = self._verdicts.get(kind, kept)
+        verdict = self._kept_verdict()
         self._facts["guard_remembered"] = verdict is not None
         if verdict is None:
             guarded = [

@@ -13,7 +13,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, GemmaConfig
 
+from lora_lab.errors import EvaluationError
+from lora_lab.evaluate import lab_model
+from lora_lab.evaluate.guard_note import GuardNote
 from lora_lab.evaluate.lab_model import LabModel
+from lora_lab.evaluate.tree import forward, support
 from lora_lab.models.random import byte_tokenizer
 from tests.conftest import MakeTrial
 from tests.contract.test_every_method import ROWS, trained, trial_of
@@ -211,6 +215,51 @@ def test_stock_is_lm_evals_own(models: dict[str, Any]) -> None:
     expected = stock(models["gpt2"], logits_cache=True).loglikelihood(asked(texts), disable_tqdm=True)
     assert ours.loglikelihood(asked(texts)) == expected
     assert ours.engine_facts == [{"kind": "loglikelihood", "engine": "stock"}]
+
+
+def test_a_base_is_compared_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a note, later objects neither ask lm-eval's engine nor probe; without one, each object compares."""
+    note = GuardNote(tmp_path, {"base": "random"})
+    texts = asked(SETS["questions"])
+
+    def facts(note: GuardNote | None) -> dict[str, Any]:
+        ours = lab(network("llama", dtype=torch.float32), guard=True, guard_note=note)
+        ours.loglikelihood(texts)
+        return ours.engine_facts[0]
+
+    first = facts(note)
+    assert not first["guard_remembered"] and first["guard"]["requests"] == len(texts)
+    monkeypatch.setattr(lab_model, "check_against_stock", lambda *_, **__: pytest.fail("compared again"))
+    monkeypatch.setattr(support, "why_probe_fails", lambda *_, **__: pytest.fail("probed again"))
+    assert facts(note) == first | {"guard_remembered": True}
+    with pytest.raises(pytest.fail.Exception, match="probed again"):
+        facts(GuardNote(tmp_path, {"base": "another"}))
+    monkeypatch.setattr(support, "why_probe_fails", lambda *_, **__: None)
+    with pytest.raises(pytest.fail.Exception, match="compared again"):
+        facts(None)
+
+
+def test_a_wrong_tree_is_an_error(monkeypatch: pytest.MonkeyPatch, models: dict[str, Any]) -> None:
+    """Every token sees the whole row, and the probe is blind: the guard shows the request."""
+    monkeypatch.setattr(support, "why_probe_fails", lambda *_, **__: None)
+    right = forward.TreeForward._mask
+    monkeypatch.setattr(forward.TreeForward, "_mask", lambda self, ids: right(self, ids) * 0)
+    with pytest.raises(EvaluationError, match=r"lm-eval's own engine .* request: 'Q: one and one"):
+        lab(network("llama", dtype=torch.float32), guard=True).loglikelihood(asked(SETS["questions"]))
+
+
+def test_a_model_that_no_tree_fits_is_lm_evals(tmp_path: Path) -> None:
+    """A window of 6 tokens: the same scores as lm-eval's, and the reason."""
+    model = network("windowed", dtype=torch.float32)
+    ours = lab(model, guard=True, guard_note=GuardNote(tmp_path, {}))
+    texts = SETS["questions"]
+    assert ours.loglikelihood(asked(texts)) == stock(model, logits_cache=True).loglikelihood(
+        asked(texts), disable_tqdm=True
+    )
+    rolling = asked([(text,) for text, _ in texts], "loglikelihood_rolling")
+    assert ours.loglikelihood_rolling(rolling) == stock(model).loglikelihood_rolling(rolling, disable_tqdm=True)
+    for facts in ours.engine_facts:
+        assert facts["engine"] == "stock" and "sliding_window of 6" in facts["why_stock"]
 
 
 @pytest.mark.parametrize("method", ROWS)

@@ -44,12 +44,13 @@ _State = tuple[object, ...]
 _probed: WeakKeyDictionary[nn.Module, dict[_State, str | None]] = WeakKeyDictionary()
 
 
-def why_not_tree(model: nn.Module, *, depth: int) -> str | None:
+def why_not_tree(model: nn.Module, *, depth: int, probes: bool = True) -> str | None:
     """Why `model` cannot be scored by a tree of inputs up to `depth` tokens, virtual ones included; None if it can.
 
     The probe runs once per model object and adapter state (which adapters are active, enabled, merged, of what kind),
     dtype, device and attention implementation: ten forward passes of at most 70 tokens. It leaves training modes, the
-    configuration, hooks, routing logs, gradients and global random state as they were.
+    configuration, hooks, routing logs, gradients and global random state as they were. With probes=False only the
+    configuration is asked: for a base and kind of adapter on which the tree has been compared with lm-eval before.
     """
     network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     why = _why_no_causal_lm(network) or _why_no_adapter(model)
@@ -60,6 +61,8 @@ def why_not_tree(model: nn.Module, *, depth: int) -> str | None:
         why = check(network, sections, depth)
         if why is not None:
             return why
+    if not probes:
+        return None
     limits = [*_windows(sections).values(), *_positions(sections)]
     room = min([LONGEST, *(limit - virtual_tokens(model) for limit in limits)])
     if room < SHORTEST:
