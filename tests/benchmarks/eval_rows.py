@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-_STUDY = {  # 5 % of each task of the well-known LoRA study, so that their mixture is that of the whole suite
-    "truthfulqa_mc1": 41,
-    "truthfulqa_mc2": 41,
-    "blimp_causative": 50,
-    "mmlu_global_facts": 5,
-    "arithmetic_2ds": 100,
-    "arithmetic_4ds": 100,
+_STUDY = {  # 10 % of each task of the well-known LoRA study, so that their mixture is that of the whole suite
+    "truthfulqa_mc1": 82,
+    "truthfulqa_mc2": 82,
+    "blimp_causative": 100,
+    "mmlu_global_facts": 10,
+    "arithmetic_2ds": 200,
+    "arithmetic_4ds": 200,
 }
 
 
@@ -33,7 +33,7 @@ ROWS = (
     Row("mmlu_global_facts", {"mmlu_global_facts": 100}),
     Row("arithmetic_2ds", {"arithmetic_2ds": 200}),
     Row("arithmetic_4ds", {"arithmetic_4ds": 200}),
-    Row("truthfulqa_mc1+mc2", {"truthfulqa_mc1": 41, "truthfulqa_mc2": 41}, target=20.0),
+    Row("truthfulqa_mc1+mc2", {"truthfulqa_mc1": 100, "truthfulqa_mc2": 100}, target=20.0),
     Row("six_tasks", _STUDY, target=10.0),
     # The first three subjects of the alphabet.
     Row(
