@@ -168,7 +168,7 @@ def test_a_base_that_was_changed_is_an_error(
     base = loaded(make_trial, shared)
     scored: list[Path] = []
 
-    def merging(model: Any, _tokenizer: Any, _evaluation: Evaluation, *, cache: Path, output: Path) -> Scores:
+    def merging(model: Any, _tokenizer: Any, _evaluation: Evaluation, *, output: Path, **_: object) -> Scores:
         scored.append(output)
         model.merge_adapter()
         return Scores({}, {}, {}, 0.0)
