@@ -53,8 +53,7 @@ def evaluate_adapters(
     scores = {}
     for name, folder in folders.items():
         with adapter_on(base, folder) as model:
-            kind = str(model.active_peft_config.peft_type)
-            note = note_of(before, kind, evaluation, device=base.device.type, cache=cache)
+            note = note_of(before, _kind(model.active_peft_config), evaluation, device=base.device.type, cache=cache)
             scores[name] = evaluate_model(
                 model, tokenizer, evaluation, cache=cache, output=output / name, guard_note=note
             )
@@ -64,6 +63,11 @@ def evaluate_adapters(
             rule = "taken off, it has left the base changed; the adapters after it were not scored"
             raise EvaluationError(Problem(str(folder), rule))
     return scores
+
+
+def _kind(config: Any) -> str:
+    """What computes in another way: PEFT has DoRA as a setting of LoRA."""
+    return f"{config.peft_type} with DoRA" if getattr(config, "use_dora", False) else str(config.peft_type)
 
 
 def _check(folders: Mapping[str, Path]) -> None:

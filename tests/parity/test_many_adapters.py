@@ -99,6 +99,9 @@ def test_equal_to_a_fresh_load_of_each(
     base = loaded(make_trial, shared, *settings)
     many = evaluate_adapters(base.model, base.tokenizer, order, TASKS, cache=shared, output=tmp_path / "many")
     assert list(many) == list(order)
+    guarded = {name: one.facts["engine"][0]["guard_remembered"] for name, one in many.items()}
+    # Once per kind of adapter: a saved PiSSA is a LoRA.
+    assert [name for name, is_known in guarded.items() if is_known] == [*(["pissa"] * (not settings)), "lora_again"]
     seen = {}
     for kind, folder in folders.items():
         fresh = loaded(make_trial, shared, *settings)
