@@ -74,6 +74,7 @@ class LabModel(GeneratingModel):
         self._verdicts: dict[str, Verdict] = {}
         self._scored: tuple[Sequence[Pair], TreePlan] | None = None
         self._largest_logit = 0.0
+        self._encoded: dict[tuple[str, bool | None], list[int]] = {}
 
     def allowed(self, score: float, text: str) -> float:
         """Nats by which the score of this continuation may be off, as far as the guard has measured it."""
@@ -102,6 +103,15 @@ class LabModel(GeneratingModel):
             owners = [request for request, own in zip(requests, windows, strict=True) for _ in own]
             self._check_guarded(owners, [value for own in values for value in own])
         return totals
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
+        """As HFLM does it. lm-eval encodes a context once per choice; within a call it is looked up."""
+        key = (string, add_special_tokens)
+        if settings or not self._facts:
+            return super().tok_encode(string, add_special_tokens, **settings)  # type: ignore[no-any-return]
+        if key not in self._encoded:
+            self._encoded[key] = super().tok_encode(string, add_special_tokens)
+        return list(self._encoded[key])
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, override_bs: int | None = None
@@ -162,8 +172,11 @@ class LabModel(GeneratingModel):
     @contextlib.contextmanager
     def _call(self, kind: str) -> Iterator[None]:
         self._scored = None
-        with super()._call(kind):
-            yield
+        try:
+            with super()._call(kind):
+                yield
+        finally:
+            self._encoded = {}
 
     def _windows(self, text: str) -> list[Pair]:
         windows = get_rolling_token_windows(

@@ -40,8 +40,8 @@ class TreeForward:
         self._cache = _virtual_prefix(model, self._network, chosen)
         self._virtual = self._cache.length
 
-    def __call__(self, one: Pass, wanted: Nodes) -> Tensor:
-        """Logits [wanted nodes, vocabulary].
+    def __call__(self, one: Pass, wanted: Nodes) -> tuple[Tensor, Nodes]:
+        """Logits [wanted nodes, vocabulary], and the nodes in the order in which they stand there: row by row.
 
         wanted: nodes in ascending order, each of them in a row of the pass.
         """
@@ -62,8 +62,7 @@ class TreeForward:
         if not len(wanted):
             chosen[0, 0] = True  # kernels for quantized heads refuse nothing to do
         logits = self._run(self._tensor(chosen), inputs, keep=one.keep)[0]
-        # Chosen positions come row by row, nodes are wanted in their own order.
-        return logits[self._tensor(np.argsort(np.argsort(places)))] if len(wanted) else logits[:0]
+        return (logits, wanted[np.argsort(places)]) if len(wanted) else (logits[:0], wanted)
 
     def _run(self, chosen: Tensor, inputs: dict[str, Tensor], *, keep: bool) -> Tensor:
         self._chosen.mask = chosen

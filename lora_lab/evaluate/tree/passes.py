@@ -29,6 +29,8 @@ from lora_lab.evaluate.tree.token_tree import Nodes, TokenTree
 
 # Where the tree has at least this share of the tokens of the distinct inputs, rows of single inputs do as well.
 FLAT_FROM = 0.8
+# Rooms of rows that are tried for a pass, in parts of `row_tokens`.
+_ROOMS = (0.5, 0.625, 0.75, 0.875, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Pass:
 def plan_passes(tree: TokenTree, budget: Budget, costs: Costs) -> list[Pass]:
     """Passes in the order they are to run: kept prefixes grow and are cut back along a depth-first walk."""
     if tree.size >= FLAT_FROM * tree.flat_tokens:
-        return list(_batches(0, tree.paths, budget.chunk_tokens, causal=True))
+        return list(_batches(tree.paths, budget.chunk_tokens))
     return list(_Planner(tree, budget, costs).passes())
 
 
@@ -92,9 +94,23 @@ class _Planner:
                 yield Pass(branch.prefix, (branch.chain,), keep=True, causal=branch.prefix == 0)
             prefix = branch.prefix + len(branch.chain)
             units, below = self._cut(branch.roots, prefix)
-            rows = _packed(units, self._budget.row_tokens)
-            yield from _batches(prefix, rows, self._budget.chunk_tokens, causal=False)
+            yield from self._packed(prefix, units)
             waiting += reversed(below)
+
+    def _packed(self, prefix: int, units: Sequence[Nodes]) -> Iterator[Pass]:
+        """Units in rows and rows in passes. A pass's rows are given the room that makes its tokens cheapest: wide ones
+        leave little padding, narrow ones little to attend to."""
+        waiting = sorted(units, key=lambda nodes: (-len(nodes), int(nodes[0])))
+        while waiting:
+            rooms = {max(len(waiting[0]), int(share * self._budget.row_tokens)) for share in _ROOMS}
+            fillings = [_filled(waiting, room, self._budget.chunk_tokens) for room in sorted(rooms)]
+            rows, waiting = min(fillings, key=lambda filling: self._cost_per_token(prefix, filling[0]))
+            yield Pass(prefix, tuple(np.sort(np.concatenate(row.units)) for row in rows))
+
+    def _cost_per_token(self, prefix: int, rows: Sequence[_Row]) -> float:
+        longest = max(row.used for row in rows)
+        read = len(rows) * longest
+        return read * (1 + self._costs.attention * (prefix + longest)) / sum(row.used for row in rows)
 
     def _cut(self, roots: list[int], prefix: int) -> tuple[list[Nodes], list[_Branch]]:
         """Rows below a prefix, and the branches that keep more of it."""
@@ -148,37 +164,45 @@ class _Planner:
         return groups
 
 
-def _packed(units: Sequence[Nodes], room: int) -> list[Nodes]:
-    """Units put into as few rows of `room` tokens as first-fit decreasing finds; a longer unit has a row of its own.
+@dataclass(slots=True)
+class _Row:
+    """A row that is being filled. Units in it do not see each other: they meet in no ancestor but the kept prefix and
+    repeated chains. Two that repeat the same chain stay apart, because a row holds a node once.
 
-    Units in a row do not see each other: they meet in no ancestor but the kept prefix and repeated chains. Two units
-    that repeat the same chain stay apart, because a row holds each node once.
-    """
-    rows: list[list[Nodes]] = []
-    used: list[int] = []
-    firsts: list[set[int]] = []
-    for unit in sorted(units, key=lambda nodes: (-len(nodes), int(nodes[0]))):
-        first = int(unit[0])
-        place = next(
-            (row for row in range(len(rows)) if used[row] + len(unit) <= room and first not in firsts[row]),
-            None,
-        )
-        if place is None:
-            rows.append([])
-            used.append(0)
-            firsts.append(set())
-            place = len(rows) - 1
-        rows[place].append(unit)
-        used[place] += len(unit)
-        firsts[place].add(first)
-    return [np.sort(np.concatenate(row)) for row in rows]
+    firsts: first nodes of its units; used: its tokens."""
+
+    units: list[Nodes]
+    firsts: set[int]
+    used: int
+
+    def takes(self, unit: Nodes, room: int) -> bool:
+        """Whether it has, because it could."""
+        if self.used + len(unit) > room or int(unit[0]) in self.firsts:
+            return False
+        self.units.append(unit)
+        self.firsts.add(int(unit[0]))
+        self.used += len(unit)
+        return True
 
 
-def _batches(prefix: int, rows: Sequence[Nodes], chunk_tokens: int, *, causal: bool) -> Iterator[Pass]:
-    """Rows of like length together, the longest first, at most `chunk_tokens` with padding."""
+def _filled(units: Sequence[Nodes], room: int, chunk_tokens: int) -> tuple[list[_Row], list[Nodes]]:
+    """The rows of one pass by first-fit decreasing, and the units that are left. units: the longest first."""
+    rows = [_Row([], set(), 0) for _ in range(max(1, chunk_tokens // room))]
+    shortest, left = len(units[-1]), []
+    for place, unit in enumerate(units):
+        if not any(row.takes(unit, room) for row in rows):
+            left.append(unit)
+        if all(row.used + shortest > room for row in rows):
+            left += units[place + 1 :]
+            break
+    return [row for row in rows if row.units], left
+
+
+def _batches(rows: Sequence[Nodes], chunk_tokens: int) -> Iterator[Pass]:
+    """Single inputs of like length together, the longest first, at most `chunk_tokens` with padding."""
     ordered = sorted(rows, key=lambda row: (-len(row), int(row[0])))
     start = 0
     while start < len(ordered):
         count = max(1, chunk_tokens // len(ordered[start]))
-        yield Pass(prefix, tuple(ordered[start : start + count]), causal=causal)
+        yield Pass(0, tuple(ordered[start : start + count]), causal=True)
         start += count

@@ -146,7 +146,8 @@ def _of_pass(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(row, its positions that the pass computes, log-probabilities of their targets), on the CPU."""
     wanted: Nodes = np.unique(np.concatenate(one.rows))
-    logits = forward(one, wanted)
+    logits, nodes = forward(one, wanted)
+    logits = logits[torch.from_numpy(np.argsort(nodes)).to(logits.device)]
     for index, row in enumerate(rows):
         path = tree.paths[tree.path_of[index]]
         places = np.flatnonzero(np.isin(path, wanted))

@@ -113,13 +113,13 @@ def score_plan(
             if not len(wanted) and not one.keep:
                 continue
             with autocast:
-                logits = forward(one, wanted)
-            pairs = asked.pairs_of(wanted)
+                logits, nodes = forward(one, wanted)
+            pairs, row_of = asked.pairs_of(nodes)
             largest = max(largest, _largest(logits))
-            scores, best = _normalised(logits, wanted, asked, pairs, softmax_dtype)
+            scores, best = _normalised(logits, row_of, asked.targets[pairs], softmax_dtype)
             values.append(scores)
             order.append(pairs)
-            greedy[wanted] = best
+            greedy[nodes] = best
             progress(read, total)
     return PlanScores(_answers(plan, asked, torch.cat(values), np.concatenate(order), greedy), largest)
 
@@ -142,29 +142,30 @@ class _Asked:
         pairs, index = np.unique(np.stack((nodes, targets)), axis=1, return_inverse=True)
         return cls(pairs[0], pairs[1], tuple(np.split(index.reshape(-1), np.cumsum(lengths)[:-1])))
 
-    def pairs_of(self, wanted: Nodes) -> Nodes:
-        """Indices of all pairs of these nodes, in the order of the nodes."""
-        starts, ends = (np.searchsorted(self.nodes, wanted, side=side) for side in ("left", "right"))
+    def pairs_of(self, nodes: Nodes) -> tuple[Nodes, Nodes]:
+        """Indices of all pairs of these nodes, in their order, and where in `nodes` the node of each stands."""
+        starts, ends = (np.searchsorted(self.nodes, nodes, side=side) for side in ("left", "right"))
         counts = ends - starts
-        offsets = np.repeat(starts - np.concatenate(([0], np.cumsum(counts)[:-1])), counts)
-        return np.arange(counts.sum()) + offsets if len(wanted) else np.empty(0, dtype=np.int64)
+        before = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(counts)))
+        row_of = np.repeat(np.arange(len(nodes)), counts)
+        return np.arange(before[-1]) + (starts - before[:-1])[row_of], row_of
 
 
 def _normalised(
-    logits: Tensor, wanted: Nodes, asked: _Asked, pairs: Nodes, softmax_dtype: torch.dtype | None
+    logits: Tensor, row_of: Nodes, targets: Nodes, softmax_dtype: torch.dtype | None
 ) -> tuple[Tensor, Nodes]:
-    """Log-probability of each pair, on the CPU, and the argmax of each node."""
-    row_of = torch.from_numpy(np.searchsorted(wanted, asked.nodes[pairs])).to(logits.device)
-    target = torch.from_numpy(asked.targets[pairs]).to(logits.device)
-    scores, best = [], []
-    for start in range(0, len(wanted), _SLICE):
-        part = logits[start : start + _SLICE]
-        normal = torch.log_softmax(part, dim=-1, dtype=softmax_dtype)
-        inside = (row_of >= start) & (row_of < start + _SLICE)
-        scores.append(normal[row_of[inside] - start, target[inside]])
+    """Log-probability of each target in its row of `logits`, on the CPU, and the argmax of each row.
+
+    row_of: ascending.
+    """
+    rows, columns = (torch.from_numpy(values).to(logits.device) for values in (row_of, targets))
+    scores = [logits.new_empty(0, dtype=softmax_dtype)]
+    best = [rows.new_empty(0)]
+    for start in range(0, len(logits), _SLICE):
+        normal = torch.log_softmax(logits[start : start + _SLICE], dim=-1, dtype=softmax_dtype)
+        inside = slice(*np.searchsorted(row_of, (start, start + _SLICE)).tolist())
+        scores.append(normal[rows[inside] - start, columns[inside]])
         best.append(normal.argmax(dim=-1))
-    if not scores:
-        return logits.new_empty(0, dtype=softmax_dtype).cpu(), np.empty(0, dtype=np.int64)
     return torch.cat(scores).cpu(), torch.cat(best).cpu().numpy()
 
 
