@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,34 +91,48 @@ def limit_of(line: Mapping[str, Any], *, gflops: float) -> dict[str, Any]:
 
 
 def measure(
-    bench: Bench, rows: Sequence[Row], growth: Growth, parts: Sequence[str], *, facts: Mapping[str, Any]
+    bench: Bench,
+    rows: Sequence[Row],
+    growth: Growth,
+    parts: Sequence[str],
+    *,
+    facts: Mapping[str, Any],
+    keep: Callable[[dict[str, Any]], None] = lambda _result: None,
 ) -> dict[str, Any]:
-    """All rows, then the parts that are asked for."""
+    """All rows, then the parts that are asked for; `keep` is given what there is after each."""
     begin = time.perf_counter()
     speeds, loads = [product_gflops()], [os.getloadavg()[0]]
     probe = _probe_seconds(bench)
     for lm in bench.models.values():
         run_row(bench, WARM_UP, lm)
-    lines = []
+    lines: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
+
+    def so_far() -> dict[str, Any]:
+        return {
+            **facts,
+            "batch_size": bench.models["stock"].batch_size,
+            "threads": torch.get_num_threads(),
+            "dtype": str(bench.models["tree"].model.dtype).removeprefix("torch."),
+            "load_average": loads,
+            "matrix_product_gflops": speeds,
+            "probe_seconds": probe,
+            # The fastest of all: what slows a machine down for a while does not lower its limit.
+            "rows": [{**line, **limit_of(line, gflops=max(speeds))} for line in lines],
+            **found,
+            "seconds": time.perf_counter() - begin,
+        }
+
     for index, row in enumerate(rows):
         lines.append(measure_row(bench, row, first=("stock", "tree")[index % 2]))
         speeds.append(product_gflops())
         loads.append(os.getloadavg()[0])
         _report(f"{row.name}: {lines[-1]['ratio']:.1f} times")
-    found = {name: PARTS[name](bench, growth, _report) for name in parts}
-    return {
-        **facts,
-        "batch_size": bench.models["stock"].batch_size,
-        "threads": torch.get_num_threads(),
-        "dtype": str(bench.models["tree"].model.dtype).removeprefix("torch."),
-        "load_average": loads,
-        "matrix_product_gflops": speeds,
-        # The fastest of all: what slows a machine down for a while does not lower its limit.
-        "probe_seconds": probe,
-        "rows": [{**line, **limit_of(line, gflops=max(speeds))} for line in lines],
-        **found,
-        "seconds": time.perf_counter() - begin,
-    }
+        keep(so_far())
+    for name in parts:
+        found[name] = PARTS[name](bench, growth, _report)
+        keep(so_far())
+    return so_far()
 
 
 def _probe_seconds(bench: Bench) -> float:
@@ -143,8 +157,13 @@ def main() -> None:
     base = load_base(trial.model, precision="fp32", quantization=trial.quantization, device=CPU, cache=options.cache)
     places = {"mirror": options.mirror, "cache": options.cache, "log": options.output.with_suffix(".log")}
     bench = Bench.of(base.model, base.tokenizer, batch_size=options.batch_size, **places)
-    result = measure(bench, rows, growth, options.parts, facts={"model": trial.model.name, "quick": options.quick})
-    options.output.write_text(json.dumps(_finite(result), indent=2, allow_nan=False))
+
+    def keep(result: dict[str, Any]) -> None:
+        options.output.write_text(json.dumps(_finite(result), indent=2, allow_nan=False))
+
+    facts = {"model": trial.model.name, "quick": options.quick}
+    result = measure(bench, rows, growth, options.parts, facts=facts, keep=keep)
+    keep(result)
     write_plot(result, options.plot)
     print(rows_text(result["rows"]))
     print(tail_text(result))
