@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
@@ -201,7 +202,11 @@ class LabModel(GeneratingModel):
                 for owner, pair, row, value in zip(owners, pairs, plan.rows, values, strict=True)
             ]
             verdict = check_against_stock(
-                guarded, self._stock_of(pairs), rounding=self._rounding(), largest_logit=self._largest_logit
+                guarded,
+                self._stock_of(pairs),
+                self._nudged_of(pairs),
+                rounding=self._rounding(),
+                largest_logit=self._largest_logit,
             )
             if self._guard_note is not None:
                 write_verdict(self._guard_note.path(kind), verdict, self._guard_note.about)
@@ -221,5 +226,26 @@ class LabModel(GeneratingModel):
 
         return scores
 
+    def _nudged_of(self, pairs: Sequence[Pair]) -> Any:
+        def scores(indices: Sequence[int], seed: int) -> list[float]:
+            embedding = self.model.get_input_embeddings()
+            handle = embedding.register_forward_hook(_nudge(torch.Generator().manual_seed(seed)))
+            try:
+                return self._stock_of(pairs)(indices, None)  # type: ignore[no-any-return]
+            finally:
+                handle.remove()
+
+        return scores
+
     def _rounding(self) -> float | None:
         return logit_rounding(self.model, autocast=self.mixed_precision_dtype)
+
+
+def _nudge(generator: torch.Generator) -> Any:
+    """A forward hook that moves every number by one rounding, up or down."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        signs = 2 * torch.randint(0, 2, output.shape, generator=generator) - 1
+        return output * (1 + torch.finfo(output.dtype).eps * signs.to(output.device))
+
+    return hook

@@ -38,6 +38,10 @@ def stock(values: Sequence[float], *, alone: Sequence[float] | None = None, call
     return scores
 
 
+def still(indices: Sequence[int], _seed: int) -> list[float]:
+    return [-float(index + 1) for index in indices]
+
+
 @pytest.mark.parametrize(
     ("scored", "spread", "rounding", "allowed"),
     [
@@ -74,7 +78,7 @@ def test_within_the_tolerance() -> None:
     calls: list[int | None] = []
     values = [-1.0, -2.0, -3.0]
     verdict = check_against_stock(
-        requests([-1.00005, -2.0, -3.0]), stock(values, calls=calls), rounding=None, largest_logit=1.0
+        requests([-1.00005, -2.0, -3.0]), stock(values, calls=calls), still, rounding=None, largest_logit=1.0
     )
     assert verdict == Verdict(3, pytest.approx(5e-5), pytest.approx(0.5), Allowance(0.0, 0.0, 1.0))
     assert calls == [None]
@@ -84,27 +88,29 @@ def test_narrow_numbers_are_measured_by_lm_evals_own_spread() -> None:
     calls: list[int | None] = []
     theirs, alone = [-1.0, -2.0, -3.0], [-1.0, -2.1, -3.0]
     verdict = check_against_stock(
-        requests([-1.25, -2.0, -3.0]), stock(theirs, alone=alone, calls=calls), rounding=0.001, largest_logit=1.0
+        requests([-1.25, -2.0, -3.0]), stock(theirs, alone=alone, calls=calls), still, rounding=0.001, largest_logit=1.0
     )
     assert calls == [1, 8]
     assert verdict.allowance.spread == pytest.approx(0.1) and verdict.largest_share == pytest.approx(0.25 / 0.3)
     with pytest.raises(EvaluationError, match=r"allowed is 0\.3"):
         check_against_stock(
-            requests([-1.35, -2.0, -3.0]), stock(theirs, alone=alone), rounding=0.001, largest_logit=1.0
+            requests([-1.35, -2.0, -3.0]), stock(theirs, alone=alone), still, rounding=0.001, largest_logit=1.0
         )
 
 
 def test_one_rounding_is_no_fault() -> None:
     """-44.75 and -44.5 are neighbours in bf16, and lm-eval's own scores may not move at all on a small model."""
-    check_against_stock(requests([-44.75], scored=4), stock([-44.5]), rounding=2**-7, largest_logit=1.0)
+    check_against_stock(requests([-44.75], scored=4), stock([-44.5]), still, rounding=2**-7, largest_logit=1.0)
     with pytest.raises(EvaluationError):
-        check_against_stock(requests([-44.75], scored=4), stock([-44.5]), rounding=2**-8, largest_logit=1.0)
+        check_against_stock(requests([-44.75], scored=4), stock([-44.5]), still, rounding=2**-8, largest_logit=1.0)
 
 
 @pytest.mark.parametrize("value", [-2.0003, float("nan"), float("inf")])
 def test_beyond_it_the_request_is_shown(value: float) -> None:
     with pytest.raises(EvaluationError) as caught:
-        check_against_stock(requests([-1.0, value, -3.0]), stock([-1.0, -2.0, -3.0]), rounding=None, largest_logit=1.0)
+        check_against_stock(
+            requests([-1.0, value, -3.0]), stock([-1.0, -2.0, -3.0]), still, rounding=None, largest_logit=1.0
+        )
     (problem,) = caught.value.problems
     assert problem.where == "task task1, document 1"
     for part in ("'context 1' -> ' end'", "-2.000000", f"{value:.6f}", "evaluation.engine=stock"):
@@ -113,7 +119,9 @@ def test_beyond_it_the_request_is_shown(value: float) -> None:
 
 def test_the_worst_request_is_shown() -> None:
     with pytest.raises(EvaluationError, match="document 2"):
-        check_against_stock(requests([-1.5, -2.0, -4.0]), stock([-1.0, -2.0, -3.0]), rounding=None, largest_logit=1.0)
+        check_against_stock(
+            requests([-1.5, -2.0, -4.0]), stock([-1.0, -2.0, -3.0]), still, rounding=None, largest_logit=1.0
+        )
 
 
 def test_kept_verdicts(tmp_path: Path) -> None:
@@ -144,3 +152,20 @@ def test_a_note_is_about_base_and_kind_of_adapter(make_trial: MakeTrial, tmp_pat
         path(device="cuda"),
     ]
     assert len(set(same)) == 1 and len({*same, *others}) == 1 + len(others)
+
+
+def test_a_badly_conditioned_request_is_no_fault() -> None:
+    """One rounding of its embeddings moves it by 2e-4, at most, so 6e-4 are allowed; only what is beyond is asked."""
+    calls: list[tuple[list[int], int]] = []
+
+    def nudged(indices: Sequence[int], seed: int) -> list[float]:
+        calls.append((list(indices), seed))
+        return [-2.0 + 1e-4 * (seed - 1)]
+
+    ours = requests([-1.0, -2.0005, -3.0])
+    theirs = stock([-1.0, -2.0, -3.0])
+    verdict = check_against_stock(ours, theirs, nudged, rounding=None, largest_logit=1.0)
+    assert verdict.largest_share == pytest.approx(5 / 6, rel=1e-3)
+    assert calls == [([1], seed) for seed in range(4)]
+    with pytest.raises(EvaluationError, match=r"allowed is 0\.0006"):
+        check_against_stock(requests([-1.0, -2.001, -3.0]), theirs, nudged, rounding=None, largest_logit=1.0)
