@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,3 +50,18 @@ def make_trial(composer: Composer) -> MakeTrial:
 def cache() -> Path:
     """The checkout's own cache, so that the embedded model is converted once."""
     return CHECKOUT / "lab" / "cache"
+
+
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[None]:
+    """For files whose models are so small that they gain nothing from a second core."""
+    from tests.journey.program import single_thread
+
+    with single_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for all of one file."""
+    return tmp_path_factory.mktemp("cache")

@@ -7,7 +7,6 @@ saved and loaded back to the same logits, and does the same under gradient check
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ from lora_lab.train.checkpointing import enable_checkpointing
 from lora_lab.train.loop import train
 from lora_lab.train.member import Member, member_of
 from tests.conftest import MakeTrial
-from tests.journey.program import single_thread
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,6 @@ FAMILIES = {
 SHORT = ("training.max_steps=6", "training.batch_size=4", "training.micro_batch_size=2", "learning_rate=0.01")
 CPU = torch.device("cpu")
 IDS = torch.arange(26).reshape(2, 13)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Six steps on 60 tokens gain nothing from a second core."""
-    with single_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for all of this file."""
-    return tmp_path_factory.mktemp("cache")
 
 
 def test_the_table_is_whole() -> None:

@@ -30,7 +30,9 @@ from lora_lab.schema.trial import Trial
 from tests.conftest import MakeTrial
 from tests.contract.test_every_method import ROWS as METHOD_ROWS
 from tests.contract.test_every_method import Row
-from tests.journey.program import Lab, single_thread
+from tests.journey.program import Lab
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 ALIASES = ("qlora",)
 METHODS = (*TABLE, *ALIASES)
@@ -40,19 +42,6 @@ ADAPTERS = ("lora", "rslora", "dora")
 QUANTIZATIONS = ("nf4", "fp4")
 GPT2_MODEL = ("model.shape.family=gpt2", "model.shape.num_kv_heads=4")
 GPT2 = (*GPT2_MODEL, "target=attention")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Two steps on 60 tokens gain nothing from a second core."""
-    with single_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for all of this file."""
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,12 @@ from lora_lab.schema.trial import Trial
 from lora_lab.train.loop import take_step, train
 from lora_lab.train.member import Member, member_of
 from tests.conftest import MakeTrial
-from tests.journey.program import TINY, single_thread
+from tests.journey.program import TINY
 from tests.parity.test_lora_family import IDS, logits
 from tests.parity.test_train_loop import CPU, ragged_rows
 from tests.unit.test_adapters_attach import load
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Models this small gain nothing from a second core."""
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 def adalora(make_trial: MakeTrial, *more: str, steps: int = 12) -> Trial:

@@ -6,7 +6,6 @@ The losses are stated anew here, from the inputs of the layers and the routers' 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,11 @@ from lora_lab.schema.trial import Trial
 from lora_lab.train.loop import take_step, train
 from lora_lab.train.member import Member, StepRecord, member_of
 from tests.conftest import MakeTrial
-from tests.journey.program import Lab, single_thread
+from tests.journey.program import Lab
 from tests.parity.test_train_loop import CPU
 from tests.unit.test_adapters_attach import load
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 # Method and settings; the name of its loss and the loss's weight.
 LOSSES = {
@@ -55,13 +56,6 @@ LOSSES = {
     ),
     "adalora": (("target=[query,mlp]", "method.orthogonality_weight=0.7"), "orthogonality_loss", 0.7),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Models this small gain nothing from a second core."""
-    with single_thread():
-        yield
 
 
 def typed_rows(count: int = 16) -> list[Encoded]:

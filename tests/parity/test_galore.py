@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,14 @@ from lora_lab.plan.counts import counts_of
 from lora_lab.schema.trial import Trial
 from lora_lab.train.member import optimizer_of
 from tests.conftest import MakeTrial
-from tests.journey.program import single_thread
 from tests.parity.test_train_loop import largest_difference, trained
 from tests.unit.test_models_random import tiny_shape
 
-pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers")
+pytestmark = [pytest.mark.filterwarnings("ignore:Paged optimizers"), pytest.mark.usefixtures("one_core")]
 
 SIDES: tuple[Side, ...] = ("std", "reverse_std", "left", "right", "full")
 SHAPES = ((12, 5), (5, 12), (7, 7))
 RANK, RATE, BETAS, SCALE = 3, 0.05, (0.9, 0.95), 0.25
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Tiny tensors gain nothing from a second core."""
-    with single_thread():
-        yield
 
 
 @dataclass

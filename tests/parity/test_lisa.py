@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,9 +22,10 @@ from lora_lab.schema.trial import Trial
 from lora_lab.train.loop import train
 from lora_lab.train.member import Member, StepRecord
 from tests.conftest import MakeTrial
-from tests.journey.program import single_thread
 from tests.parity.test_train_loop import CPU, build_member
 from tests.unit.test_models_random import tiny_shape
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 DEPTH = 6
 SHORT = (
@@ -55,13 +55,6 @@ COUNTS = [
     ("smollm2_135m", SMOLLM2, 4, 42_472_512),
     ("smollm2_135m", SMOLLM2, 8, 56_632_896),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Tiny tensors gain nothing from a second core."""
-    with single_thread():
-        yield
 
 
 def network(depth: int = DEPTH, *, tied: bool = False, family: str = "llama") -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ from lora_lab.plan.counts import counts_of
 from lora_lab.schema.trial import Trial
 from lora_lab.train.member import member_of
 from tests.conftest import MakeTrial
-from tests.journey.program import single_thread
 from tests.parity.test_train_loop import CPU, ragged_rows, train
 from tests.unit.test_adapters_attach import load
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 DECOMPOSED = ("pissa", "olora")
 FAMILIES = {
@@ -36,13 +36,6 @@ FAMILIES = {
     "gpt2": ("target=attention", "model.shape.family=gpt2", "model.shape.num_kv_heads=4"),
 }
 IDS = torch.randint(0, 256, (3, 17), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Models this small gain nothing from a second core."""
-    with single_thread():
-        yield
 
 
 def logits(model: Any) -> Tensor:

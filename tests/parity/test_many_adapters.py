@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from lora_lab.models.load import LoadedBase, load_base
 from lora_lab.schema.evaluation import Evaluation
 from tests.conftest import MakeTrial
 from tests.evaluation_samples import evaluation
-from tests.journey.program import single_thread
 from tests.tuner_bases import shaken
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 # Kinds of adapter, each with what makes it fit the tiny model; pissa and olora are saved as plain LoRA.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -45,19 +45,6 @@ KINDS: dict[str, tuple[str, ...]] = {
 UNQUANTIZED = ("pissa",)
 LONG = "model.shape.max_positions=512"
 TASKS = evaluation("skills_trained", "prose_perplexity", skills={"documents": 4, "seed": 0}, limit=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Tiny models gain nothing from a second core."""
-    with single_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for all of this file."""
-    return tmp_path_factory.mktemp("cache")
 
 
 def loaded(make_trial: MakeTrial, cache: Path, *settings: str) -> LoadedBase:

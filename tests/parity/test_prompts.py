@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,15 @@ from lora_lab.models.loss_token_logits import loss_token_logits
 from lora_lab.models.random import byte_tokenizer, random_network
 from lora_lab.train.checkpointing import enable_checkpointing
 from tests.conftest import MakeTrial
-from tests.journey.program import single_thread
 from tests.unit.test_adapters_attach import load
 from tests.unit.test_models_random import tiny_shape
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 N = 3
 BASE = {"task_type": "CAUSAL_LM", "base_model_name_or_path": None, "revision": None}
 KINDS = ("prompt", "p_mlp", "p_lstm", "prefix", "projected")
 FAMILIES = ("llama", "gpt2", "qwen2", "mistral", "windowed")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Models this small gain nothing from a second core."""
-    with single_thread():
-        yield
 
 
 def network(family: str = "llama", *, dtype: torch.dtype = torch.float64, layers: int = 2, tied: bool = False) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,12 @@ from lora_lab.evaluate.checked_model import CheckedModel
 from lora_lab.models.generate import generate, generation_inputs
 from lora_lab.models.random import byte_tokenizer
 from lora_lab.schema.evaluation import SampleAnswers
-from tests.journey.program import single_thread
 from tests.parity.test_prompts import FAMILIES, KINDS, N, adapted, by_hand, network
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 LIMIT = 64 - N
 CONTEXTS = {"short": "ab", "middle": "the cat sat on", "cut": "x" * 70 + " tail"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Models this small gain nothing from a second core."""
-    with single_thread():
-        yield
 
 
 def prompted(kind: str, family: str) -> Any:

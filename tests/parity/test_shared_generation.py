@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,9 +14,10 @@ from lora_lab.evaluate.checked_model import CheckedModel
 from lora_lab.evaluate.greedy import decoder, row_cache
 from lora_lab.evaluate.lab_model import LabModel
 from lora_lab.models.random import byte_tokenizer
-from tests.journey.program import single_thread
 from tests.parity.test_prompts import FAMILIES, KINDS, N, adapted, network
 from tests.tuner_bases import shaken
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 HEADER = "shot one. shot two. "
 SHARED = [HEADER + tail for tail in ("a", "bb?", "the cat sat", "dog", "the end!", "x y z")]
@@ -30,13 +30,6 @@ REQUESTS = {
     "cut": [*SHARED, HEADER + "x" * 70 + " tail", "y" * 80],
     "mixed": [*SHARED, *UNLIKE],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Models this small gain nothing from a second core."""
-    with single_thread():
-        yield
 
 
 @pytest.fixture(autouse=True)

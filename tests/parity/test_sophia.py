@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,9 @@ from lora_lab.train import curvature, loop
 from lora_lab.train.loop import train
 from lora_lab.train.member import Member, member_of
 from tests.conftest import MakeTrial
-from tests.journey.program import single_thread
 from tests.parity.test_train_loop import CPU, build_member, largest_difference, ragged_rows, trained
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Tiny tensors gain nothing from a second core."""
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 def sophia(parameters: Any, **settings: Any) -> Sophia:

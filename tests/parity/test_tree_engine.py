@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,13 @@ from lora_lab.evaluate.tree import forward, support
 from lora_lab.models.random import byte_tokenizer
 from tests.conftest import MakeTrial
 from tests.contract.test_every_method import ROWS, trained, trial_of
-from tests.journey.program import single_thread
 from tests.parity.test_prompts import network
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 LIMIT = 64
 FAMILIES = ("llama", "gpt2", "qwen2", "mistral", "gemma")
 Texts = list[tuple[str, str]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Models this small gain nothing from a second core."""
-    with single_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for all of this file."""
-    return tmp_path_factory.mktemp("cache")
 
 
 def shuffled() -> Texts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,12 @@ from lora_lab.evaluate.tree.support import why_not_tree
 from tests import tuner_bases
 from tests.conftest import MakeTrial
 from tests.contract.test_every_method import ROWS, attached_to, load, trial_of
-from tests.journey.program import single_thread
 from tests.parity.test_evaluate_routing import mixture
 from tests.parity.test_prompts import KINDS, N, adapted, network
 from tests.parity.test_tree_support import DEPTH, PLANS, family, single_rows
 from tests.tree_families import INVALID, VALID, WINDOWED, random_rows, tiny_model
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Models this small gain nothing from a second core."""
-    with single_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])

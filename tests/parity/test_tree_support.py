@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,8 +24,9 @@ from lora_lab.evaluate.tree.probe import why_probe_fails
 from lora_lab.evaluate.tree.scores import plan_rows, score_plan
 from lora_lab.evaluate.tree.support import why_not_tree
 from lora_lab.evaluate.tree.token_tree import ScoredRow
-from tests.journey.program import single_thread
 from tests.tree_families import CONTEXT, INVALID, VALID, VOCABULARY, WINDOWED, random_rows, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 DEPTH = 40
 # Plans that keep prefixes, that repeat them, and that compute whole trees in one row.
@@ -35,13 +35,6 @@ PLANS = [
     (Budget(96, 32), Costs(0.01, 1000.0)),
     (Budget(4096, 4096), Costs(0.0, 10_000.0)),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Models this small gain nothing from a second core."""
-    with single_thread():
-        yield
 
 
 def single_rows(model: Any, rows: list[ScoredRow]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from lora_lab.adapters.save import load_adapter, save_adapter
 from lora_lab.errors import InputError
 from lora_lab.models.random import random_network
 from tests.conftest import MakeTrial
-from tests.journey.program import single_thread
 from tests.unit.test_adapters_attach import load
 from tests.unit.test_models_random import tiny_shape
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 IDS = torch.arange(24).reshape(2, 12)
 # Families differ in how their matrices are laid out (Conv1D is transposed) and named.
@@ -130,13 +131,6 @@ def configure(folder: Path, **values: object) -> None:
 def test_every_kind_of_peft_in_the_table_is_tested() -> None:
     assert {"LORA", "ADALORA", "IA3", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"} == ROWS
     assert set(ACCEPTED) >= ROWS
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Models this small gain nothing from a second core."""
-    with single_thread():
-        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

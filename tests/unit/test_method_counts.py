@@ -5,7 +5,7 @@ Published: the parameter tables of MoLA's and LoRAMoE's shapes, PEFT's method co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,19 +24,13 @@ from lora_lab.plan.steps import steps_of
 from lora_lab.schema.method import METHODS
 from lora_lab.schema.trial import LAB_KEYS, Trial, read_trial
 from tests.conftest import MakeTrial
-from tests.journey.program import single_thread
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 FINDINGS = Path(__file__).parents[3] / "shared" / "findings" / "analytic_checks.yaml"
 LLAMA_2_7B = ("model=llama2_7b",)
 LLAMA_3_3B = ("model=llama3_3b",)
 SMOL = ("model=smollm2_135m",)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_core() -> Iterator[None]:
-    """Models this small gain nothing from a second core."""
-    with single_thread():
-        yield
 
 
 def counted(trial: Trial) -> Counts:
