@@ -77,3 +77,8 @@ def nearest(name: str, choices: Sequence[str]) -> str:
     matches = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f'; did you mean "{matches[0]}"?' if matches else ""
     return f"{hint} (choices: {', '.join(choices)})"
+
+
+def first_line(error: object) -> str:
+    """What an error of another library says, as far as it fits into a message: its first line, 300 characters."""
+    return str(error).strip().split("\n")[0][:300]

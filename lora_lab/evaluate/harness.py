@@ -15,7 +15,7 @@ from lm_eval.utils import handle_non_serializable
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_lab.errors import EvaluationError, LabError, MachineError, Problem
+from lora_lab.errors import EvaluationError, LabError, MachineError, Problem, first_line
 from lora_lab.evaluate.guard_note import GuardNote
 from lora_lab.evaluate.heldout import scoring_mode
 from lora_lab.evaluate.near_ties import near_ties
@@ -128,9 +128,9 @@ def _simple_evaluate(
     except (LabError, MemoryError):
         raise
     except (ConnectionError, TimeoutError) as error:
-        raise MachineError(f"the data of a task could not be fetched: {_first_line(error)}") from error
+        raise MachineError(f"the data of a task could not be fetched: {first_line(error)}") from error
     except (ValueError, KeyError, TypeError, AssertionError, ImportError, OSError) as error:
-        message = f"lm-eval stopped: {type(error).__name__}: {_first_line(error)} (what it printed: {log})"
+        message = f"lm-eval stopped: {type(error).__name__}: {first_line(error)} (what it printed: {log})"
         raise EvaluationError(Problem("evaluation.tasks", message)) from error
     return results
 
@@ -160,7 +160,3 @@ def _facts(results: Mapping[str, Any], evaluation: Evaluation, lm: RememberingMo
         "seeds": SEEDS,
         "score_cache": lm.score_cache_facts,
     }
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]

@@ -10,7 +10,7 @@ from typing import Any
 
 from lm_eval.tasks import TaskManager
 
-from lora_lab.errors import EvaluationError, LabError, MachineError, Problem
+from lora_lab.errors import EvaluationError, LabError, MachineError, Problem, first_line
 from lora_lab.evaluate.check import check_evaluation, locate_tasks
 from lora_lab.evaluate.mirror import mirror_configs
 from lora_lab.evaluate.surroundings import console_to, data_cache, kept_random_state
@@ -50,10 +50,10 @@ def load_task_data(evaluation: Evaluation, *, cache: Path) -> dict[Path, int]:
         except LabError:
             raise
         except (ConnectionError, TimeoutError) as error:
-            message = f"the data of {', '.join(tasks.names)} could not be fetched: {_first_line(error)}"
+            message = f"the data of {', '.join(tasks.names)} could not be fetched: {first_line(error)}"
             raise MachineError(Problem("", message)) from None
         except (ValueError, KeyError, TypeError, AssertionError, ImportError, OSError, RuntimeError) as error:
-            message = f"lm-eval cannot build {', '.join(tasks.names)}: {type(error).__name__}: {_first_line(error)}"
+            message = f"lm-eval cannot build {', '.join(tasks.names)}: {type(error).__name__}: {first_line(error)}"
             raise EvaluationError(Problem("evaluation.tasks", message)) from None
     paths = {Path(file["filename"]) for task in built.values() for file in _files(getattr(task, "dataset", None))}
     return {path: path.stat().st_size for path in sorted(paths)}
@@ -69,7 +69,3 @@ def _files(data: Any) -> Iterator[Mapping[str, str]]:
     """Files of all splits of a task's data."""
     for table in data.values() if isinstance(data, Mapping) else [data]:
         yield from getattr(table, "cache_files", ())
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 from lm_eval._cli.run import Run
 from safetensors import SafetensorError
 
-from lora_lab.errors import InputError, LabError, MachineError, Problem
+from lora_lab.errors import InputError, LabError, MachineError, Problem, first_line
 from lora_lab.evaluate.command.checks import Command
 from lora_lab.evaluate.command.line import CommandLine
 from lora_lab.evaluate.registration import MODEL_NAME
@@ -117,20 +117,20 @@ def _errors_of_ours() -> Iterator[None]:
     except (LabError, BrokenPipeError):
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise MachineError(f"out of memory: {_first_line(error)}") from error
+        raise MachineError(f"out of memory: {first_line(error)}") from error
     except ImportError as error:
-        raise MachineError(f"a package is missing or damaged: {_first_line(error)}") from error
+        raise MachineError(f"a package is missing or damaged: {first_line(error)}") from error
     except _OF_LM_EVAL as error:
         raise _in_our_words(error) from error
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise
-        raise InputError(Problem("--model_args", f"weights do not fit: {_first_line(error)}")) from error
+        raise InputError(Problem("--model_args", f"weights do not fit: {first_line(error)}")) from error
 
 
 def _in_our_words(error: BaseException) -> LabError:
     chain = list(_causes(error))
-    text = f"{type(error).__name__}: {_first_line(error)}"
+    text = f"{type(error).__name__}: {first_line(error)}"
     if any(isinstance(one, _NOT_THERE) for one in chain):
         return InputError(Problem("", f"the hub has no such model or data, or wants you to log in: {text}"))
     if any(isinstance(one, _OUT_OF_REACH) for one in chain):
@@ -144,7 +144,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _first_line(error: Any) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]

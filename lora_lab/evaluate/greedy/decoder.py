@@ -34,7 +34,7 @@ class GreedyDecoder:
     """Greedy decoding of batch after batch. Keys and values of the longest prompt of a batch are kept for the next.
 
     One object serves one model as it is: another adapter, or changed weights, need another decoder.
-    Which requests it may answer, `greedy_rules.why_not_greedy` says.
+    Which requests it may answer, `rules.why_not_greedy` says.
 
     model: a causal LM of transformers, or a PeftModel around one, in eval mode. tokenizer: lm-eval's.
     """

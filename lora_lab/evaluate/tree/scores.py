@@ -98,7 +98,7 @@ def score_plan(
     if not plan.rows:
         return PlanScores((), 0.0)
     asked = _Asked.of(plan)
-    read, total, largest = 0, plan.counts.computed_tokens, 0.0
+    read, total, largest = 0, sum(one.tokens for one in plan.passes), 0.0
     values: list[Tensor] = []
     order: list[Nodes] = []
     greedy = np.full(plan.tree.size, -1, dtype=np.int64)
