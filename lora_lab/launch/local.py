@@ -24,7 +24,7 @@ from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.watcher import Watcher
 from lora_lab.restore import Restorer
 from lora_lab.runner.alone import run_alone
-from lora_lab.runner.cohort import Cohort
+from lora_lab.runner.cohort import Cohort, Desk
 from lora_lab.runner.seats import MemoryBudget, seats_for
 from lora_lab.runner.workbench import Workbench
 from lora_lab.schema.trial import Lab
@@ -50,7 +50,7 @@ def run_jobs(jobs: Sequence[Job], ledger: Ledger, lab: Lab, *, cache: Path, watc
         InputError: the device's name is none.
         MachineError: there is no such device here, or ledger or cache cannot be written.
     """
-    device = choose_device(lab.launch.device)
+    device = choose_device(str(lab.launch.device))
     return run_on_device(jobs, ledger, lab, device=device, cache=cache, watcher=watcher)
 
 
@@ -100,8 +100,8 @@ class _Shift:
         if seats == 1:
             return self._run_one_by_one(planned.jobs)
         budget = MemoryBudget(self.bench.device, self.lab.launch.memory_fraction)
-        queue = deque(planned.jobs)
-        cohort = Cohort(planned.id, queue, seats, self.bench, self.watcher, self._claim, budget, is_last=self._is_last)
+        desk = Desk(self.bench, self.watcher, self._claim, self._is_last)
+        cohort = Cohort(planned.id, planned.jobs, seats, desk, budget)
         cohort.run()
         return cohort.held
 

@@ -14,6 +14,7 @@ from lora_lab.plan.job import Job
 from lora_lab.record.result import Status
 from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.watcher import Watcher
+from lora_lab.runner.outcome import Outcome
 from lora_lab.runner.run import Run
 from lora_lab.runner.training import Training
 from lora_lab.runner.workbench import Workbench
@@ -28,22 +29,22 @@ def run_alone(job: Job, folder: RunFolder, bench: Workbench, watcher: Watcher) -
     Raises:
         KeyboardInterrupt, MachineError: after they have been recorded; the next run would fare no better.
     """
-    run = Run(job, folder, bench, watcher, shared=None)
+    ended = _run_alone(Run(job, folder, bench, watcher, shared=None))
+    let_go(bench.device)
+    if ended.stop is not None:
+        raise ended.stop
+    return ended.status
 
+
+def _run_alone(run: Run) -> Outcome:
     def train() -> None:
         if run.training is not None:
-            with forward_alone(run.training, job, bench) as forward:
+            with forward_alone(run.training, run.job, run.bench) as forward:
                 _train(run, run.training, forward)
 
     # One phase after another, until one fails or all are through.
     all(run.attempt(phase) for phase in (run.prepare, train, run.complete))
-    status = run.close()
-    stop = run.outcome.stop if run.outcome is not None else None
-    del run
-    let_go(bench.device)
-    if stop is not None:
-        raise stop
-    return status
+    return run.close()
 
 
 def let_go(device: torch.device) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from lora_lab.adapters.cohort.trunk import Trunk
 from lora_lab.errors import MachineError
@@ -30,34 +30,40 @@ from lora_lab.train.forward import Together
 from lora_lab.train.loop import tick
 from lora_lab.train.member import Member, StepRecord
 
-Claim = Callable[[Job], RunFolder | None]
 
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Where a cohort's jobs come from and go to.
 
-@dataclass(slots=True)
-class Cohort:
-    """queue: jobs of one base that may share passes. seats: how many at once. claim: a job's folder, or None where it is
-    not ours to run. is_last: told how each run ended, with the queue (for who is tried again); whether nobody else sits down."""
+    claim: a job's folder, or None where it is not ours to run. is_last: told how each run ended, with the queue (for
+    who is tried again); whether nobody else takes a seat.
+    """
 
-    cohort_id: str
-    queue: deque[Job]
-    seats: int
     bench: Workbench
     watcher: Watcher
-    claim: Claim
-    budget: MemoryBudget
+    claim: Callable[[Job], RunFolder | None]
     is_last: Callable[[Job, Status, deque[Job]], bool]
-    held: list[Job] = field(default_factory=list)
-    _seated: list[Run] = field(default_factory=list)
-    _waiting: Run | None = None
-    _closed: bool = False
+
+
+class Cohort:
+    """jobs: of one base, which may share passes. seats: how many at once. held: those that another process has."""
+
+    def __init__(self, cohort_id: str, jobs: Iterable[Job], seats: int, desk: Desk, budget: MemoryBudget) -> None:
+        self.queue = deque(jobs)
+        self.held: list[Job] = []
+        self._seats, self._desk, self._budget = seats, desk, budget
+        self._shared = SharedCost(cohort_id, seats, desk.bench.device)
+        self._forward: Together | None = None
+        self._seated: list[Run] = []
+        self._waiting: Run | None = None
+        self._closed = False
 
     def run(self) -> None:
-        """Runs all jobs that can be claimed; those that another process has are `held`.
+        """Runs all jobs that can be claimed.
 
         Raises:
             KeyboardInterrupt, MachineError: after every seated run has been recorded as interrupted.
         """
-        self.shared = SharedCost(self.cohort_id, self.seats, self.bench.device)
         try:
             self._run()
         except BaseException as error:
@@ -74,12 +80,12 @@ class Cohort:
 
     def _fill(self) -> None:
         """Seats runs until seats, memory or jobs are used up."""
-        while len(self._seated) < self.seats:
+        while len(self._seated) < self._seats:
             run = self._waiting or self._next()
             self._waiting = None
             if run is None:
                 return
-            if self._seated and not self.budget.has_room(run.run_id):
+            if self._seated and not self._budget.has_room(run.run_id):
                 self._waiting = run
                 return
             self._seated.append(run)
@@ -88,11 +94,11 @@ class Cohort:
         """The next run that is ready to train; those without a training are done on the way."""
         while self.queue and not self._closed:
             job = self.queue.popleft()
-            folder = self.claim(job)
+            folder = self._desk.claim(job)
             if folder is None:
                 self.held.append(job)
                 continue
-            run = Run(job, folder, self.bench, self.watcher, shared=self.shared)
+            run = Run(job, folder, self._desk.bench, self._desk.watcher, shared=self._shared)
             if run.attempt(run.prepare) and run.training is not None and run.attempt(lambda: self._join(run)):  # noqa: B023
                 return run
             self._end(run)
@@ -101,18 +107,18 @@ class Cohort:
     def _join(self, run: Run) -> None:
         """Seats a prepared run on the trunk, and measures what it needs."""
         training = _training(run)
-        if not hasattr(self, "trunk"):
-            self.trunk = Trunk(self.bench.plain_base(run.job))
-            enable_checkpointing(self.trunk.model, run.job.trial.training.gradient_checkpointing)
-            self.forward = Together(self.trunk)
-        self.trunk.join(run.run_id, training.attached.model)
-        probe = training.probe(self.forward)
-        self.budget.note(run.run_id, probe.peak_bytes - int(run.gathered.measurements["frozen_weight_bytes"]))
+        if self._forward is None:
+            trunk = Trunk(self._desk.bench.plain_base(run.job))
+            enable_checkpointing(trunk.model, run.job.trial.training.gradient_checkpointing)
+            self._forward = Together(trunk)
+        self._forward.trunk.join(run.run_id, training.attached.model)
+        probe = training.probe(self._forward)
+        self._budget.note(run.run_id, probe.peak_bytes - int(run.gathered.measurements["frozen_weight_bytes"]))
         run.gathered.measurements["gradient_bytes"] = probe.gradient_bytes
-        if self.bench.device.type != "cuda":
+        if self._desk.bench.device.type != "cuda":
             run.gathered.measurements["peak_allocated_bytes"] = probe.peak_bytes
-        self.shared.join(run.run_id)
-        training.begin(self.bench.device)
+        self._shared.join(run.run_id)
+        training.begin(self._desk.bench.device)
 
     def _advance(self) -> None:
         """A pass of all who are seated. Where it fails, each goes on by itself, and who fails then has failed."""
@@ -135,11 +141,12 @@ class Cohort:
         def on_step(member: Member, record: StepRecord) -> None:
             trainings[member.name].on_step(record)
 
+        assert self._forward is not None
         start = time.perf_counter()
-        with self.shared.meter.phase("train"):
+        with self._shared.meter.phase("train"):
             members = [training.member for training in trainings.values()]
-            tokens = tick(self.forward, members, on_step=on_step, timed=False)
-        self.shared.note_tick(list(trainings), seconds=time.perf_counter() - start, tokens=tokens)
+            tokens = tick(self._forward, members, on_step=on_step, timed=False)
+        self._shared.note_tick(list(trainings), seconds=time.perf_counter() - start, tokens=tokens)
 
     def _leave(self, run: Run) -> None:
         """Takes a run off the trunk, saves, scores and records it."""
@@ -150,21 +157,20 @@ class Cohort:
         self._end(run)
 
     def _unseat(self, run: Run) -> None:
-        if hasattr(self, "trunk") and run.run_id in self.trunk.members:
-            self.trunk.leave(run.run_id)
-        self.budget.free(run.run_id)
+        if self._forward is not None and run.run_id in self._forward.trunk.members:
+            self._forward.trunk.leave(run.run_id)
+        self._budget.free(run.run_id)
 
     def _end(self, run: Run) -> None:
         """Records a run that is not seated; one without a training is scored first."""
         if run.outcome is None:
             run.attempt(run.complete)
         self._unseat(run)
-        status, stop = run.close(), run.outcome.stop if run.outcome is not None else None
-        if self.is_last(run.job, status, self.queue):
-            self._closed = True
-        let_go(self.bench.device)
-        if stop is not None:
-            raise stop
+        ended = run.close()
+        self._closed = self._desk.is_last(run.job, ended.status, self.queue)
+        let_go(self._desk.bench.device)
+        if ended.stop is not None:
+            raise ended.stop
 
     def _interrupt(self, error: BaseException) -> None:
         """Records all who are seated when the process cannot go on."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from lora_lab.adapters.attach import Attached, attach, count_parameters
 from lora_lab.data.row_types import group_problems, types_of
@@ -28,9 +27,8 @@ from lora_lab.runner.checks import verify_identities, warn_about_cuts, warn_abou
 from lora_lab.runner.outcome import COMPLETED, Outcome, outcome_of
 from lora_lab.runner.shared_cost import SharedCost
 from lora_lab.runner.training import Training
-from lora_lab.runner.workbench import Tokens, Workbench
+from lora_lab.runner.workbench import Workbench
 from lora_lab.schema.fingerprint import NUMERICS_VERSION
-from lora_lab.train.forward import Forward
 
 
 class Run:
@@ -72,7 +70,7 @@ class Run:
         return True
 
     def prepare(self) -> None:
-        """Loads, puts the method on the base, encodes the rows; a run that trains is then ready for `start_training`."""
+        """Loads, puts the method on the base, encodes the rows; where something is trained, `training` is set."""
         job = self.job
         verify_identities(job, cache=self.bench.cache)
         self.watcher.phase(self.run_id, "loading")
@@ -106,8 +104,8 @@ class Run:
         self._score()
         self.outcome = COMPLETED
 
-    def close(self) -> Status:
-        """Records the outcome, lets go of the folder and of everything loaded."""
+    def close(self) -> Outcome:
+        """Records the outcome and lets go of the folder."""
         assert self.outcome is not None
         with self.folder:
             self._finally.close()
@@ -117,23 +115,13 @@ class Run:
             self.folder.write_result(result)
             write_cards(self.folder.path, self.folder.header, result)
             self.watcher.run_finished(self.folder.header, self.folder.path, result)
-        return result.status
+        return self.outcome
 
     @contextlib.contextmanager
     def measured(self, phase: str) -> Iterator[None]:
         """Time and memory of a phase under the run's own keys, where they are its own."""
         with self.gathered.timed(phase), self._meter.phase(phase):
             yield
-
-    def measure_while_training(self) -> None:
-        """Begins the training phase, which ends in `stop_measuring`."""
-        self._phase = contextlib.ExitStack()
-        self._phase.enter_context(self._meter.phase("train") if self.shared is not None else self.measured("train"))
-        self._finally.callback(self._phase.close)
-
-    def stop_measuring(self) -> None:
-        """Ends the training phase."""
-        self._phase.close()
 
     @property
     def meter(self) -> MemoryMeter | Unmeasured:

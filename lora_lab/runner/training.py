@@ -1,4 +1,4 @@
-"""The training of one run between its first and its last step: probe and log before and beside it, totals and weights after.
+"""The training of one run around its steps: probe before, log beside, totals and weights after them.
 
 Whoever drives it calls `begin`, then `on_step` for each step of `member`, then `finish`.
 """

@@ -27,10 +27,10 @@ from lora_lab.schema.trial import Trial
 from lora_lab.train.loop import train
 from lora_lab.train.member import Member, member_of
 from tests.conftest import MakeTrial
-from tests.stepping import take_step
 from tests.journey.program import TINY
 from tests.parity.test_lora_family import IDS, logits
 from tests.parity.test_train_loop import CPU, ragged_rows
+from tests.stepping import take_step
 from tests.unit.test_adapters_attach import load
 
 pytestmark = pytest.mark.usefixtures("one_core")

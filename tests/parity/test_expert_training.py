@@ -34,9 +34,9 @@ from lora_lab.schema.trial import Trial
 from lora_lab.train.loop import train
 from lora_lab.train.member import Member, StepRecord, member_of
 from tests.conftest import MakeTrial
-from tests.stepping import take_step
 from tests.journey.program import Lab
 from tests.parity.test_train_loop import CPU
+from tests.stepping import take_step
 from tests.unit.test_adapters_attach import load
 
 pytestmark = pytest.mark.usefixtures("one_core")

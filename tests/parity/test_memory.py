@@ -13,8 +13,8 @@ from lora_lab.memory.live_bytes import LiveBytes, storage_bytes
 from lora_lab.memory.meter import MemoryMeter, memory_now
 from lora_lab.optim.optimizers import build_optimizer, state_tensors
 from tests.conftest import MakeTrial
-from tests.stepping import probe_alone
 from tests.parity.test_train_loop import build_member
+from tests.stepping import probe_alone
 
 CPU = torch.device("cpu")
 

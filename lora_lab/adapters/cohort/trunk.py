@@ -127,4 +127,4 @@ class Trunk:
 
 def _split(values: Tensor, seats: Sequence[tuple[Span, Any]]) -> tuple[Tensor, ...]:
     """[all tokens, ...] member by member. One node of the graph: a slice each would make a whole gradient each."""
-    return values.split([span.stop - span.start for span, _ in seats])
+    return torch.split(values, [span.stop - span.start for span, _ in seats])
