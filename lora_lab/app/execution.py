@@ -74,15 +74,15 @@ def _check_before_loading(plan: Plan, ledger: Ledger) -> None:
 
     Raises:
         InputError: a newer lab has written a run that is asked for.
-        MachineError: the device is not there, or the disk refuses.
+        MachineError: a device is not there, or the disk refuses.
     """
-    from lora_lab.launch.device import choose_device
+    from lora_lab.launch.device import choose_devices
 
     records = [record for job in plan.jobs if (record := ledger.find(job.fingerprint, job.repeat)) is not None]
     newer = [Problem("", str(record.problem)) for record in records if record.state == "NEWER"]
     if newer:
         raise InputError(newer)
-    choose_device(str(plan.lab.launch.device))
+    choose_devices(plan.lab.launch.device)
     ledger.prepare()
 
 
