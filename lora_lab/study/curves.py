@@ -1,7 +1,8 @@
 """Learning curves from the step logs: of one run, and of a setting as the mean over seeds with its band.
 
 A long run is thinned by averaging over equal bins of steps: losses weighted by their tokens, speed as tokens over
-seconds, all else plainly. A value that is not finite ends its curve; one that a step does not have is absent.
+seconds, all else plainly. A value that is not finite ends its curve; one that a step does not have is absent. A run that
+was trained in a cohort has no speed of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_lab.errors import LabError
+from lora_lab.record.cohort_facts import is_together
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
 from lora_lab.record.step_log import NONFINITE, read_steps
@@ -29,6 +31,7 @@ Array = NDArray[np.float64]
 _SEEDS_FOR_INTERVAL = 3
 _DRAWN = (Status.COMPLETED, Status.DIVERGED, "RUNNING")
 _SPEED = "tokens_per_second"
+_NO_OWN_SPEED = "runs trained in cohorts have no speed of their own"
 # What these two take from a line; the second of each is the weight in a bin. All other keys are plain values.
 _NEEDED = {"loss": ("loss", "loss_tokens"), _SPEED: ("tokens", "seconds")}
 _NONFINITE_TEXTS = ("NaN", "Infinity", "-Infinity")
@@ -146,11 +149,23 @@ def _drawn(records: Sequence[RunRecord], key: str, points: int) -> tuple[list[tu
     """The runs of a setting that have a curve, all in the same bins, and why others have none."""
     read = [(record, *_lines_of(record)) for record in records]
     width = max((_bin_width(lines, points) for _, lines, _ in read), default=1)
-    curves = [(record, _run_curve(record, lines, missing, (key,), width)) for record, lines, missing in read]
-    reasons = [
-        f"{record.name}: {curve.missing or f'no {key} in its step log'}" for record, curve in curves if not curve.series
-    ]
-    return [(record, curve) for record, curve in curves if curve.series], reasons
+    drawn: list[tuple[RunRecord, RunCurve]] = []
+    reasons: list[str] = []
+    for record, lines, missing in read:
+        curve = _run_curve(record, lines, missing, (key,), width)
+        if key == _SPEED and _shares_time(record, lines):
+            reasons.append(_NO_OWN_SPEED)
+        elif curve.series:
+            drawn.append((record, curve))
+        else:
+            reasons.append(f"{record.name}: {curve.missing or f'no {key} in its step log'}")
+    return drawn, reasons
+
+
+def _shares_time(record: RunRecord, lines: Mapping[int, Mapping[str, Any]]) -> bool:
+    """In a cohort steps have no seconds of their own; a run that went on alone has some, which are not all of it."""
+    is_member = record.result is not None and is_together(record.result)
+    return is_member or (bool(lines) and not any("seconds" in line for line in lines.values()))
 
 
 def _lines_of(record: RunRecord) -> tuple[dict[int, Mapping[str, Any]], str | None]:
