@@ -78,9 +78,7 @@ def _cohort(name: str, told: Sequence[tuple[Result, CohortFacts]]) -> Cohort:
         ended=len(results),
         own={key: sum(int(result.measurements.get(key, 0)) for result in results) for key in _OWN},
         shared=shared,
-        missing={
-            key: last.missing.get(key, "not measured") for key in (WALL, TRAIN, SPEED, PEAK) if key not in shared
-        },
+        missing={key: last.missing.get(key, "not measured") for key in (WALL, TRAIN, SPEED, PEAK) if key not in shared},
     )
 
 

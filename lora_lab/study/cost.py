@@ -33,7 +33,7 @@ def cost_of(completed: Sequence[CompletedRun]) -> tuple[dict[str, float | int], 
     for name in dict.fromkeys(filter(_is_cost, named)):
         runs, why = comparable_runs(completed, name)
         if values := [result.measurements[name] for _, result in runs if name in result.measurements]:
-            cost[name] = statistics.median(values) if _is_time(name) else max(values)
+            cost[name] = statistics.median(values) if is_time(name) else max(values)
         else:
             reasons = [result.missing[name] for _, result in runs if name in result.missing]
             missing[name] = why or (reasons[0] if reasons else "not measured")
@@ -45,7 +45,7 @@ def comparable_runs(completed: Sequence[CompletedRun], name: str) -> tuple[list[
 
     Any of them may lack it all the same.
     """
-    if _is_time(name):
+    if is_time(name):
         return timed_runs(completed)
     if name == _PROBED:
         own = [(record, result) for record, result in completed if owns_peak(result)]
@@ -76,8 +76,9 @@ def _why_none(completed: Sequence[CompletedRun]) -> str:
 
 
 def _is_cost(name: str) -> bool:
-    return (name.endswith("_bytes") or _is_time(name)) and not name.startswith(SHARED)
+    return (name.endswith("_bytes") or is_time(name)) and not name.startswith(SHARED)
 
 
-def _is_time(name: str) -> bool:
+def is_time(name: str) -> bool:
+    """Whether a measurement is a time or a speed, by its unit."""
     return name.endswith(("_seconds", "_per_second"))

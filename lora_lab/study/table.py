@@ -1,8 +1,8 @@
 """The table of a study: one row per setting, averaged over seeds, with everything that could not be averaged counted.
 
 Only completed runs enter a mean. A diverged or failed run is shown by its count and reason. Scores count whichever way
-a run was executed, and those of a trial that was measured several times (`repeat`) once, since they are the same; of its
-times all count that were measured alone.
+a run was executed, and those of a trial that was measured several times (`repeat`) once, since they are the same; of
+its times all count that were measured alone.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class MetricColumn:
 
 @dataclass(frozen=True, slots=True)
 class SettingRow:
-    """One setting. `axes`: its values of the keys that vary in the table. `trials`: how many trials its runs are of, and
-    how many of these completed; repeats of one count once. `runs_alone`: completed runs that were executed alone;
-    `last_repeat`: the largest number of a repeat that completed. `cost`: bytes (the largest over runs) and seconds (the
-    median over runs executed alone), see `cost.py`; `missing` says why a cost is absent."""
+    """One setting. `axes`: its values of the keys that vary in the table. `trials`, `trials_completed`: how many trials
+    its runs are of, repeats of one counting once. `runs_alone`: completed runs that were executed alone; `last_repeat`:
+    the largest number of a repeat that completed. `cost`: bytes (the largest over runs) and seconds (the median over
+    runs executed alone), see `cost.py`; `missing` says why a cost is absent."""
 
     name: str
     setting: str
