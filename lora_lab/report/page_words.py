@@ -22,6 +22,9 @@ METHOD = (
     "longest rows, counted on a step that is left out of time and speed. GB is 10^9 bytes. Time is wall clock; tokens "
     "per second count real tokens, no padding. Of a setting the largest memory and the median time over its runs are "
     "shown.",
+    "Runs may be trained together on one frozen base, in a cohort. That changes no score, and scores count whichever "
+    "way a run was made, a repeated trial once. Time and speed are compared between runs made alone only; so are peaks "
+    "of memory, but for one that was counted on a step that the run made alone.",
 )
 _EFFECT_TITLES = ("axis", "from", "to", "difference", "seeds", "pairs of settings", "verdict")
 
@@ -52,8 +55,13 @@ def facts(findings: Findings, *, planned: int | None) -> list[dict[str, str]]:
         *([_fact("model", ", ".join(models))] if models else []),
         *([_fact("data", ", ".join(data))] if data else []),
         *([_fact("machines", str(len(machines)))] if machines else []),
+        *([_fact("cohorts", _cohorts(findings))] if findings.cohorts else []),
         *([_fact("last run ended", finished[:16].replace("T", " ") + " UTC")] if finished else []),
     ]
+
+
+def _cohorts(findings: Findings) -> str:
+    return f"{len(findings.cohorts)}, of {sum(cohort.ended for cohort in findings.cohorts)} runs"
 
 
 def _fact(name: str, value: str, tone: str = "") -> dict[str, str]:
@@ -83,6 +91,8 @@ def sections(page: Mapping[str, Any]) -> list[dict[str, str]]:
     entries += [{"id": family["id"], "title": family["menu"]} for family in page["families"]]
     if page["routing"]["rows"]:
         entries.append({"id": "routing", "title": "Routing"})
+    if page["cohorts"]["rows"]:
+        entries.append({"id": "cohorts", "title": "Cohorts"})
     return [*entries, {"id": "runs", "title": "Runs"}, {"id": "method", "title": "How to read"}]
 
 

@@ -34,7 +34,7 @@ Verdict = Literal["better", "worse", "open"]
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A setting's place. `interval` (95 %, over seeds) as in the table; `lost`: its runs that have no score (yet)."""
+    """A setting's place. `interval` (95 %, over seeds) as in the table; `lost`: its trials that have no score (yet)."""
 
     name: str
     setting: str
@@ -243,7 +243,7 @@ def _standing(row: SettingRow, column: MetricColumn) -> Standing:
         mean=cell.mean,
         interval=cell.interval,
         seeds=len(cell.points),
-        lost=row.runs - row.completed,
+        lost=row.trials - row.trials_completed,
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
 from lora_lab.study.answer import Against, against_other
-from lora_lab.study.cost import CompletedRun, machines_of, timed_runs
+from lora_lab.study.cost import CompletedRun, comparable_runs, machines_of, timed_runs
 from lora_lab.study.settings import setting_values, unique_names
 from lora_lab.study.table import Cell, MetricColumn, Point, SettingRow, SettingsTable, cell_of, seed_of
 
@@ -183,7 +183,8 @@ def _contender(group: _Group, name: str, completed: Sequence[CompletedRun], colu
     is_shown = group.unranked is None or len(group.rows) == 1
     rate = {one.setting: rate for one, rate in group.rows}[row.setting] if group.unranked is None else None
     why = group.unranked or "no score"
-    memory = [int(result.measurements[_MEMORY]) for _, result in completed if _MEMORY in result.measurements]
+    measured, _ = comparable_runs(completed, _MEMORY)
+    memory = [int(result.measurements[_MEMORY]) for _, result in measured if _MEMORY in result.measurements]
     return Contender(
         name=name,
         setting=row.setting,
