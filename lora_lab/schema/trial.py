@@ -26,6 +26,7 @@ from lora_lab.schema.model import Model
 from lora_lab.schema.optimization import Optimizer, Scheduler, Training
 from lora_lab.schema.problems import problems_of
 from lora_lab.schema.section import SEED_LIMIT, Count, Fraction, Natural, Positive, Section, Seed, Text
+from lora_lab.schema.stopping import Stopping
 from lora_lab.schema.tracking import Tracking
 
 _ALPHA_WORDS = {"2r": 2.0, "r": 1.0, "r/2": 0.5}
@@ -107,6 +108,7 @@ class LocalLaunch(Section):
     kind: Literal["local"]
     device: str
     retries: Natural
+    stopping: Stopping
 
     @field_validator("device")
     @classmethod
