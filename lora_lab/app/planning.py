@@ -69,7 +69,7 @@ def make_plan(request: Request) -> Plan:
     ]
     if request.study is not None and request.study.baseline:
         jobs = _baselines(jobs) + jobs
-    rows = plan_rows(jobs, done=ledger.finished())
+    rows = plan_rows(jobs, done=ledger.finished(labs[0].launch.stopping))
     unique = {(job.fingerprint, job.repeat): job for job in reversed(jobs)}
     return Plan(labs[0], request.study, tuple(reversed(unique.values())), tuple(rows), tuple(facts.notes))
 

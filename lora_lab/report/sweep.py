@@ -23,6 +23,8 @@ _SPEED_STEPS = 10
 _KEPT_ENDED = 5
 _KEPT_FAILURES = 2
 _MEMORY_KEYS = ("allocated_bytes", "rss_bytes")
+# What a search stops early is no failure, and says how long a run of it takes.
+_AS_PLANNED = (Status.COMPLETED, Status.STOPPED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +158,11 @@ class Sweep:
             run = self._open.pop(run_id, None)
             if run is None:
                 return None, len(self._outcomes)
-            if result.status == Status.COMPLETED:
+            if result.status in _AS_PLANNED:
                 self._run_seconds.append(run.part_seconds)
             view = run.view(now, state=status, reason=result.reason)
             self._ended[run_id] = view
-            if result.status != Status.COMPLETED:
+            if result.status not in _AS_PLANNED:
                 self._failures[run_id] = view
             for kept, most in ((self._ended, _KEPT_ENDED), (self._failures, _KEPT_FAILURES)):
                 for old in list(kept)[:-most]:
@@ -207,9 +209,9 @@ class Sweep:
             )
 
     def seconds_left(self) -> float | None:
-        """Estimated seconds to the end of the sweep, or None while no run of it has completed.
+        """Estimated seconds to the end of the sweep, or None while no run of it has completed or was stopped early.
 
-        Runs not begun take the median of the completed ones. An open run takes what is left of that median, or what its
+        Runs not begun take the median of those. An open run takes what is left of that median, or what its
         own steps so far say about the steps still to do, whichever is longer. Of runs that are open together each is
         charged its part of the wall clock, so the median is what one more run costs, alone or in company.
         """

@@ -1,7 +1,7 @@
 """The table of a study: one row per setting, averaged over seeds, with everything that could not be averaged counted.
 
-Only completed runs enter a mean. A diverged or failed run is shown by its count and reason. Scores of a trial that was
-measured several times (`repeat`) count once, since they are the same; its times all count.
+Only completed runs enter a mean. A diverged, stopped or failed run is shown by its count and reason. Scores of a trial
+that was measured several times (`repeat`) count once, since they are the same; its times all count.
 """
 
 from __future__ import annotations
@@ -93,6 +93,19 @@ class SettingRow:
     def completed(self) -> int:
         """How many of them ended with scores."""
         return self.statuses.get(Status.COMPLETED.value, 0)
+
+    @property
+    def stopped(self) -> int:
+        """How many of them the rule of a search has stopped early."""
+        return self.statuses.get(Status.STOPPED.value, 0)
+
+    @property
+    def incomparable(self) -> str | None:
+        """Why its scores are compared with no other setting's; None where they may be.
+
+        A rule ends the runs with the worse scores, so the mean of those it has left flatters the setting.
+        """
+        return f"{self.stopped} of {self.runs} runs were stopped early" if self.stopped else None
 
     def to_json(self) -> dict[str, Any]:
         """All fields, metrics by name."""
