@@ -72,7 +72,8 @@ def make_plan(request: Request) -> Plan:
     ]
     if request.study is not None and request.study.baseline:
         jobs = _baselines(jobs) + jobs
-    done, launch = ledger.finished(), labs[0].launch
+    launch = labs[0].launch
+    done = ledger.finished(launch.stopping)
     # How many devices `auto` stands for only torch can tell: it is planned as one.
     devices = len(launch.device) if isinstance(launch.device, tuple) else 1
     cohorts = plan_cohorts(jobs, cohort=launch.cohort, done=done, devices=devices)

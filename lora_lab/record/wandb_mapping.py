@@ -163,8 +163,8 @@ def summary_of(header: RunHeader, result: Result | None, *, state: str) -> dict[
 
 
 def exit_code(result: Result | None) -> int:
-    """0 for a completed run; W&B shows every other as failed."""
-    return 0 if result is not None and result.status == Status.COMPLETED else 1
+    """0 for a run that completed or that its search stopped early; W&B shows every other as failed."""
+    return 0 if result is not None and result.status in (Status.COMPLETED, Status.STOPPED) else 1
 
 
 def artifacts_of(header: RunHeader, folder: Path) -> list[dict[str, Any]]:
@@ -238,11 +238,13 @@ def _cell(cell: Mapping[str, Any] | None) -> tuple[float | None, float | None, f
 def study_summary(table: Mapping[str, Any]) -> dict[str, Any]:
     """The counts of a study. Verdicts on its claims belong here as well, under `verdicts`, once a study gives them."""
     rows = table["rows"]
+    stopped = sum(row["statuses"].get(Status.STOPPED.value, 0) for row in rows)
     return {
         "setting_count": len(rows),  # the table itself stands under TABLE_KEY
         "run_count": sum(row["runs"] for row in rows),
         "completed_count": sum(row["completed"] for row in rows),
         "not_alone": table["not_alone"],
+        **({"stopped_count": stopped} if stopped else {}),
         "problems": list(table["problems"]),
     }
 

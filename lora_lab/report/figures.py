@@ -163,7 +163,7 @@ def heat_map(table: SettingsTable, axes: SweptAxes, column: MetricColumn, x: str
     groups: dict[tuple[str, str], list[float]] = {}
     for row in table.rows:
         values, mean = axes.settings.get(row.setting, {}), row.cells[column.name].mean
-        if x in values and y in values and mean is not None:
+        if x in values and y in values and mean is not None and row.incomparable is None:
             groups.setdefault((value_text(values[x]), value_text(values[y])), []).append(mean)
     if not groups:
         return missing_figure(f"no setting has {x}, {y} and {column.name}")

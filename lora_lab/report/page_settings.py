@@ -9,7 +9,16 @@ from typing import Any
 from lora_lab.record.cohort_facts import why_missing
 from lora_lab.record.run_record import RunRecord
 from lora_lab.report.cohort_words import empty_columns
-from lora_lab.report.text import bytes_text, cell_text, clean, count_text, number_text, seconds_text, value_text
+from lora_lab.report.text import (
+    bytes_text,
+    cell_text,
+    clean,
+    count_text,
+    number_text,
+    seconds_text,
+    stopped_notes,
+    value_text,
+)
 from lora_lab.study.cost import is_time
 from lora_lab.study.table import Cell, MetricColumn, SettingRow, SettingsTable
 
@@ -115,8 +124,9 @@ def scale_of(cells: Sequence[Cell]) -> Scale:
 
 
 def _best(rows: Sequence[SettingRow], column: MetricColumn) -> float | None:
-    """The best mean of several; it says nothing about whether the difference is established."""
-    means = [mean for row in rows if (mean := row.cells[column.name].mean) is not None]
+    """The best mean of several that may be compared; it says nothing about whether the difference is established."""
+    compared = [row for row in rows if row.incomparable is None]
+    means = [mean for row in compared if (mean := row.cells[column.name].mean) is not None]
     if len(set(means)) < 2:
         return None
     return max(means) if column.higher_is_better else min(means)
@@ -173,7 +183,7 @@ def _notes(table: SettingsTable, alone: Sequence[str]) -> list[str]:
     notes = [f"Not in a mean: {clean(reason)}" for row in table.rows for reason in row.reasons]
     empty = empty_columns(table, [(key, title) for key, title, _ in COSTS[1:]])
     notes += [*(clean(f"{line[0].upper()}{line[1:]}.") for line in empty), *map(clean, alone)]
-    return [*notes, *(f"Cannot be read: {clean(problem)}" for problem in table.problems)]
+    return [*stopped_notes(table), *notes, *(f"Cannot be read: {clean(problem)}" for problem in table.problems)]
 
 
 def settings_data(table: SettingsTable, records: Sequence[RunRecord], folders: Mapping[str, str]) -> dict[str, Any]:

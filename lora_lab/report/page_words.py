@@ -16,8 +16,9 @@ METHOD = (
     "A cell is the mean over seeds with half of its 95 % interval by Student's t; the mark below it shows mean and "
     "interval on the scale of its column. With fewer than three seeds there is no interval, and the points are shown. "
     "Interval and standard error inside one run cover its examples, not seeds.",
-    "Only completed runs enter a mean. A diverged or failed run is counted and explained, never averaged. A missing "
-    "number is missing, with its reason.",
+    "Only completed runs enter a mean. A diverged or failed run is counted and explained, never averaged. So is one "
+    "that a search stopped early; a setting with such a run is compared with no other, since the runs that it has left "
+    "are its better ones. A missing number is missing, with its reason.",
     "Peak memory is the allocator's on CUDA. On a CPU it is the bytes of live tensors at the peak of one step on the "
     "longest rows, counted on a step that is left out of time and speed. GB is 10^9 bytes. Time is wall clock; tokens "
     "per second count real tokens, no padding. Of a setting the largest memory and the median time over its runs are "
@@ -71,6 +72,8 @@ def _fact(name: str, value: str, tone: str = "") -> dict[str, str]:
 def _tone(state: str) -> str:
     if state == Status.COMPLETED:
         return "good"
+    if state == Status.STOPPED:
+        return "muted"
     return "bad" if state in (Status.FAILED, "DAMAGED", "NEWER") else "warn" if state != "RUNNING" else ""
 
 

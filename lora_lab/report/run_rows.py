@@ -21,7 +21,12 @@ from lora_lab.record.result import Status
 from lora_lab.report.sweep_view import RunView
 from lora_lab.report.text import UNKNOWN, bytes_text, clean, encodable, number_text, seconds_text
 
-_STYLES = {Status.COMPLETED: "green", Status.DIVERGED: "yellow", Status.INTERRUPTED: "yellow"}
+_STYLES = {
+    Status.COMPLETED: "green",
+    Status.STOPPED: "blue",
+    Status.DIVERGED: "yellow",
+    Status.INTERRUPTED: "yellow",
+}
 _MEMORY_TITLES = {"rss_bytes": "RSS", "allocated_bytes": "allocated"}
 _BY_IMPORTANCE = ("steps", "state", "loss", "time", "speed", "memory")
 # Names are cut down to so many cells to make room for a column that is needed, and for any other.

@@ -22,6 +22,8 @@ __all__ = ["CohortState", "RunView", "Sweep", "SweepView"]
 
 _KEPT_ENDED = 5
 _KEPT_FAILURES = 2
+# What a search stops early is no failure, and says how long a run of it takes.
+_AS_PLANNED = (Status.COMPLETED, Status.STOPPED)
 
 
 class Sweep:
@@ -94,11 +96,11 @@ class Sweep:
             run = self._open.pop(run_id, None)
             if run is None:
                 return None, len(self._outcomes)
-            if result.status == Status.COMPLETED:
+            if result.status in _AS_PLANNED:
                 self._run_seconds.append(run.charged)
             view = run.view(now, state=status, reason=result.reason)
             self._ended[run_id] = view
-            if result.status != Status.COMPLETED:
+            if result.status not in _AS_PLANNED:
                 self._failures[run_id] = view
             for kept, most in ((self._ended, _KEPT_ENDED), (self._failures, _KEPT_FAILURES)):
                 for old in list(kept)[:-most]:
@@ -171,7 +173,7 @@ class Sweep:
             )
 
     def seconds_left(self) -> float | None:
-        """Estimated seconds to the end of the sweep (`time_left`), or None while no run of it has completed."""
+        """Estimated seconds to the end of the sweep (`time_left`), or None while no run has ended as planned."""
         with self._lock:
             return self._seconds_left(self._clock())
 

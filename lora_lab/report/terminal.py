@@ -23,6 +23,7 @@ from lora_lab.report.text import (
     interval_text,
     number_text,
     seconds_text,
+    stopped_notes,
     value_text,
 )
 from lora_lab.study.compare import Comparison
@@ -182,7 +183,8 @@ def _print_legend(console: Console, table: SettingsTable) -> None:
 
 
 def _table_notes(table: SettingsTable) -> list[str]:
-    notes = [f"not in a mean: {reason}" for row in table.rows for reason in row.reasons]
+    notes = stopped_notes(table)
+    notes += [f"not in a mean: {reason}" for row in table.rows for reason in row.reasons]
     for row in table.rows:
         for name, cell in row.cells.items():
             is_idle = row.is_base and name.startswith("train/")  # nothing is trained, so nothing is missed

@@ -27,7 +27,7 @@ Band = Literal["interval", "range"]
 Array = NDArray[np.float64]
 
 _SEEDS_FOR_INTERVAL = 3
-_DRAWN = (Status.COMPLETED, Status.DIVERGED, "RUNNING")
+_DRAWN = (Status.COMPLETED, Status.DIVERGED, Status.STOPPED, "RUNNING")
 _NO_OWN_SPEED = "runs trained in cohorts have no speed of their own"
 
 
@@ -57,7 +57,7 @@ class SettingCurve:
     """A setting's mean over its completed seeds, at the steps that all of them have; empty where none completed.
 
     `band`: what `low` and `high` are: the 95 % t `interval` from three seeds on, the `range` of two, None (and no ends)
-    below. `runs` has every curve, those of diverged and running runs included.
+    below. `runs` has every curve, those of diverged, stopped and running runs included.
     """
 
     setting: str
@@ -106,7 +106,7 @@ def setting_curves(
 ) -> tuple[list[SettingCurve], list[str]]:
     """The curves of these settings, in their order, and why runs have none. Settings without any curve are left out.
 
-    Completed, diverged and running runs are drawn. Only completed ones enter a mean, a trial that was repeated once.
+    Completed, diverged, stopped and running runs are drawn. Only completed ones enter a mean, a repeated trial once.
     """
     by_setting: dict[str, list[RunRecord]] = {row.setting: [] for row in rows if not row.is_base}
     reasons: list[str] = []

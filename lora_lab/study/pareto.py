@@ -80,6 +80,8 @@ def pareto_front(table: SettingsTable, metric: str, cost: str) -> ParetoFront:
         score, spent = row.cells[metric].mean, _cost(row, cost)
         if score is None:
             missing[row.setting] = f"no {metric}: {row.cells[metric].missing}"
+        elif row.incomparable is not None:
+            missing[row.setting] = row.incomparable
         elif spent is None:
             missing[row.setting] = f"no {cost}: {row.why_no_cost(cost)}"
         else:

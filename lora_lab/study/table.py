@@ -1,8 +1,8 @@
 """The table of a study: one row per setting, averaged over seeds, with everything that could not be averaged counted.
 
-Only completed runs enter a mean. A diverged or failed run is shown by its count and reason. Scores count whichever way
-a run was executed, and those of a trial that was measured several times (`repeat`) once, since they are the same; of
-its times all count that were measured alone.
+Only completed runs enter a mean. A diverged, stopped or failed run is shown by its count and reason. Scores count
+whichever way a run was executed, and those of a trial that was measured several times (`repeat`) once, since they are
+the same; of its times all count that were measured alone.
 """
 
 from __future__ import annotations
@@ -108,6 +108,19 @@ class SettingRow:
         if not self.completed:
             return "no completed run"
         return self.missing.get(name, "nothing is trained" if self.is_base else "not measured")
+
+    @property
+    def stopped(self) -> int:
+        """How many of them the rule of a search has stopped early."""
+        return self.statuses.get(Status.STOPPED.value, 0)
+
+    @property
+    def incomparable(self) -> str | None:
+        """Why its scores are compared with no other setting's; None where they may be.
+
+        A rule ends the runs with the worse scores, so the mean of those it has left flatters the setting.
+        """
+        return f"{self.stopped} of {self.runs} runs were stopped early" if self.stopped else None
 
     def to_json(self) -> dict[str, Any]:
         """All fields, metrics by name."""
