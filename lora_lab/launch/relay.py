@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lora_lab.record.result import Result
 from lora_lab.record.run_record import RunHeader
-from lora_lab.record.watcher import StepValues, Watcher
+from lora_lab.record.watcher import CohortView, StepValues, Watcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Cohort:
+    """As `Watcher.cohort`."""
+
+    cohort_id: str
+    view: CohortView
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished:
     """As `Watcher.run_finished`."""
 
@@ -53,7 +61,7 @@ class RunFinished:
     result: Result
 
 
-Event = RunStarted | Phase | Step | RunFinished
+Event = RunStarted | Phase | Step | Cohort | RunFinished
 
 
 class Relay:
@@ -80,6 +88,10 @@ class Relay:
         """See `Watcher.step`."""
         self._events.put(Step(run_id, step, dict(values)))
 
+    def cohort(self, cohort_id: str, view: CohortView) -> None:
+        """See `Watcher.cohort`."""
+        self._events.put(Cohort(cohort_id, view))
+
     def run_finished(self, header: RunHeader, folder: Path, result: Result) -> None:
         """See `Watcher.run_finished`."""
         self._events.put(RunFinished(header, folder, result))
@@ -105,5 +117,7 @@ def tell(watcher: Watcher, event: Event) -> None:
         watcher.phase(event.run_id, event.text)
     elif isinstance(event, Step):
         watcher.step(event.run_id, event.step, event.values)
+    elif isinstance(event, Cohort):
+        watcher.cohort(event.cohort_id, event.view)
     else:
         watcher.run_finished(event.header, event.folder, event.result)

@@ -3,8 +3,10 @@
 ROOT/runs/<16 digits of the fingerprint>[.rN]/
     trial.json  overrides.json  environment.json    written when the run is claimed
     steps.jsonl  eval/  adapter/                    written by the run
+    checkpoint/                                     state of the training while it lasts (record.checkpoint)
     result.json                                     written last
-    attempts/N/                                     earlier attempts without a final result
+    attempts/N/                                     earlier attempts without a final result; the run goes on from the
+                                                    newest checkpoint in them
     lock                                            the lease of the process at work
 """
 
@@ -39,7 +41,7 @@ def run_id_of(fingerprint: str, repeat: int) -> str:
 
 
 class Ledger:
-    """All runs under a root folder. Reading never writes; nothing is ever deleted."""
+    """All runs under a root folder. Reading never writes; nothing but checkpoints is ever deleted."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -76,8 +78,9 @@ class Ledger:
         """The run's folder, held by this process until closed; None where there is nothing to do here.
 
         None means that the run is done, or that another process is at it: `find` tells which, and who. Files of an
-        earlier attempt that did not end are moved to `attempts/N/`. stopping: the rule of the search; a run that it has
-        stopped is done. With None a run that any rule has stopped is taken up again.
+        earlier attempt that did not end are moved to `attempts/N/`, its checkpoint with them (`RunFolder.resumable`).
+        stopping: the rule of the search; a run that it has stopped is done. With None a run that any rule has stopped
+        is taken up again.
 
         Raises:
             InputError: the folder was written by a newer lab.
