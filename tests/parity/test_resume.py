@@ -8,6 +8,7 @@ the rate warms up and falls along a cosine. The undisturbed training is the refe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,18 +75,24 @@ def compare(
     stops: tuple[int, ...],
     change: Callable[[Member], None] = lambda member: None,
 ) -> Member:
-    """The undisturbed training against one that is stopped after each of `stops`, saved, and built anew."""
+    """The undisturbed training against one that is stopped after each of `stops`, saved, and built anew.
+
+    The stopped one is kept and goes on beside the one built anew: they agree after each step, not only at the end.
+    """
     undisturbed = begun(trial, cache, change)
     go_on(undisturbed)
     resumed = begun(trial, cache, change)
-    for stop in stops:
-        go_on(resumed, until=stop)
+    go_on(resumed, until=stops[0])
+    for stop, end in itertools.pairwise((*stops, STEPS)):
         save_state(resumed[1], resumed[0], folder)
         torch.manual_seed(stop)  # global random state is none of the training's
-        before, resumed = resumed, begun(trial, cache, change)
+        stopped, resumed = resumed, begun(trial, cache, change)
         load_state(resumed[1], resumed[0], folder)
-        assert_same(before, resumed)
-    go_on(resumed)
+        assert_same(stopped, resumed)
+        for step in range(stop + 1, end + 1):
+            go_on(stopped, until=step)
+            go_on(resumed, until=step)
+            assert_same(stopped, resumed)
     assert_same(undisturbed, resumed)
     return undisturbed[1]
 
@@ -102,9 +109,13 @@ def assert_same(one: Begun, other: Begun) -> None:
     if attached.routing is not None:
         assert resumed.routing is not None
         assert attached.routing.statistics() == resumed.routing.statistics()
-    peft: Mapping[str, Any] = getattr(attached.model, "peft_config", {})
-    for name, config in peft.items():
-        assert getattr(config, "rank_pattern", None) == getattr(resumed.model.peft_config[name], "rank_pattern", None)
+    if member.course is not None:
+        assert again.course is not None
+        state, same = member.course.state(member.step), again.course.state(again.step)
+        assert state.values == same.values
+        assert {name: described(one) for name, one in state.tensors.items()} == {
+            name: described(one) for name, one in same.tensors.items()
+        }
 
 
 def without_times(records: list[StepRecord]) -> list[StepRecord]:
