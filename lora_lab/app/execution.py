@@ -82,7 +82,7 @@ def _check_before_loading(plan: Plan, ledger: Ledger) -> None:
     newer = [Problem("", str(record.problem)) for record in records if record.state == "NEWER"]
     if newer:
         raise InputError(newer)
-    choose_device(plan.lab.launch.device)
+    choose_device(str(plan.lab.launch.device))
     ledger.prepare()
 
 

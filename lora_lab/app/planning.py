@@ -10,6 +10,7 @@ from pathlib import Path
 from lora_lab.app.judgement import Facts, Findings, judge
 from lora_lab.app.request import Request
 from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.plan.cohorts import plan_cohorts
 from lora_lab.plan.job import Job, job_of
 from lora_lab.plan.row import PlanRow, plan_rows
 from lora_lab.plan.study_file import value_key
@@ -69,7 +70,11 @@ def make_plan(request: Request) -> Plan:
     ]
     if request.study is not None and request.study.baseline:
         jobs = _baselines(jobs) + jobs
-    rows = plan_rows(jobs, done=ledger.finished())
+    done, launch = ledger.finished(), labs[0].launch
+    # How many devices `auto` stands for only torch can tell: it is planned as one.
+    devices = len(launch.device) if isinstance(launch.device, tuple) else 1
+    cohorts = plan_cohorts(jobs, cohort=launch.cohort, done=done, devices=devices)
+    rows = plan_rows(jobs, done=done, cohorts=cohorts)
     unique = {(job.fingerprint, job.repeat): job for job in reversed(jobs)}
     return Plan(labs[0], request.study, tuple(reversed(unique.values())), tuple(rows), tuple(facts.notes))
 

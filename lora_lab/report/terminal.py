@@ -29,10 +29,11 @@ from lora_lab.study.table import MetricColumn, SettingRow, SettingsTable
 
 _FIRST_METRIC = "heldout/loss"
 _PEAK, _TIME = "peak_allocated_bytes", "train_seconds"
+_SHOWN_ALONE = 3
 
 
 def print_plan(rows: Sequence[PlanRow], *, as_json: bool = False, stream: TextIO | None = None) -> None:
-    """One line per job, and how many of them would run."""
+    """One line per job, how many of them would run, which train together, and why the others do not."""
     if as_json:
         _print_json([_plan_json(row) for row in rows], stream)
         return
@@ -41,6 +42,7 @@ def print_plan(rows: Sequence[PlanRow], *, as_json: bool = False, stream: TextIO
         Column("run"),
         Column("fingerprint", is_optional=True),
         Column("state"),
+        Column("cohort", is_optional=True),
         Column("steps", is_number=True),
         Column("trainable", is_number=True),
         Column("total", is_number=True, is_optional=True),
@@ -49,6 +51,7 @@ def print_plan(rows: Sequence[PlanRow], *, as_json: bool = False, stream: TextIO
     counts = {state: sum(row.state == state for row in rows) for state in ("new", "done", "duplicate")}
     told = ", ".join(f"{count} {state}" for state, count in counts.items())
     print_line(console, f"{len(rows)} trials: {told}")
+    _print_cohorts(console, rows)
     for reason in dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row.missing.items()):
         print_line(console, f"not known: {reason}", style="dim")
 
@@ -56,7 +59,23 @@ def print_plan(rows: Sequence[PlanRow], *, as_json: bool = False, stream: TextIO
 def _plan_cells(row: PlanRow) -> tuple[str, ...]:
     name = row.name + (f" (repeat {row.repeat})" if row.repeat else "")
     numbers = (count_text(row.steps), count_text(row.trainable_parameters), count_text(row.total_parameters))
-    return (name, row.fingerprint[:16], row.state, *numbers)
+    cohort = "" if row.why_alone is None else "alone"
+    if row.cohort is not None:
+        cohort = f"{row.cohort} of {row.cohort_size}"
+    return (name, row.fingerprint[:16], row.state, cohort, *numbers)
+
+
+def _print_cohorts(console: Console, rows: Sequence[PlanRow]) -> None:
+    sizes = {row.cohort: row.cohort_size for row in rows if row.cohort is not None}
+    for cohort, size in sizes.items():
+        print_line(console, f"{cohort}: {size} trials train together")
+    alone: dict[str, list[str]] = {}
+    for row in rows:
+        if row.why_alone is not None:
+            alone.setdefault(row.why_alone, []).append(row.name)
+    for why, names in alone.items():
+        more = f" and {len(names) - _SHOWN_ALONE} more" if len(names) > _SHOWN_ALONE else ""
+        print_line(console, f"alone: {', '.join(names[:_SHOWN_ALONE])}{more}: {why}", style="dim")
 
 
 def _plan_json(row: PlanRow) -> dict[str, Any]:

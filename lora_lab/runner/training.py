@@ -1,4 +1,7 @@
-"""The training phase of a job: memory first, then every step with its log, then what was trained is saved."""
+"""The training of one run around its steps: probe before, log beside, totals and weights after them.
+
+Whoever drives it calls `begin`, then `on_step` for each step of `member`, then `finish`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from lora_lab.adapters.prompts import check_room, virtual_tokens
 from lora_lab.adapters.save import save_adapter, save_model
 from lora_lab.data.encode import EncodedSet
 from lora_lab.memory.live_bytes import model_tensors, storage_bytes
-from lora_lab.memory.meter import MemoryMeter, memory_now
+from lora_lab.memory.meter import memory_now
 from lora_lab.models.load import LoadedBase
 from lora_lab.optim.optimizers import optimizer_facts, state_tensors
 from lora_lab.plan.job import Job
@@ -24,92 +27,107 @@ from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.step_log import StepLog
 from lora_lab.record.watcher import Watcher
 from lora_lab.runner.observation import Observer
-from lora_lab.train.checkpointing import enable_checkpointing
-from lora_lab.train.loop import train
+from lora_lab.train.forward import Forward
 from lora_lab.train.member import Member, StepRecord, member_of
-from lora_lab.train.probe import probe_step
+from lora_lab.train.probe import Probe, probe_step
 
 
-def train_and_save(
-    job: Job,
-    folder: RunFolder,
-    gathered: Gathered,
-    base: LoadedBase,
-    attached: Attached,
-    examples: EncodedSet,
-    *,
-    meter: MemoryMeter,
-    watcher: Watcher,
-) -> str | None:
-    """Trains and saves; returns why it diverged, or None."""
-    device = base.model.device
-    check_room(attached.model, virtual_tokens(attached.model), max(examples.lengths))
-    gathered.measurements |= _weight_bytes(attached)
-    member = member_of(job.trial, attached, examples.examples, name=job.name)
-    enable_checkpointing(attached.model, job.trial.training.gradient_checkpointing)
-    gathered.measurements |= {
-        "train_rows": len(examples.examples),
-        "cut_rows": examples.cut_rows,
-        "loss_token_fraction": examples.loss_share,
-    }
-    if device.type != "cuda":
-        watcher.phase(folder.run_id, "measuring memory")
-        with gathered.timed("probe"):
-            probe = probe_step(attached.model, member, pad_id=base.tokenizer.pad_token_id, device=device)
-        if attached.routing is not None:
-            attached.routing.clear()  # what it heard of the probe is no training
+class Training:
+    """member: the run as the loop knows it, named by its run id."""
+
+    def __init__(
+        self,
+        job: Job,
+        folder: RunFolder,
+        gathered: Gathered,
+        base: LoadedBase,
+        attached: Attached,
+        examples: EncodedSet,
+        *,
+        watcher: Watcher,
+    ) -> None:
+        """Raises InputError where rows and virtual tokens do not fit into the context."""
+        self._job, self._folder, self._gathered, self._base, self._watcher = job, folder, gathered, base, watcher
+        self.attached = attached
+        self.longest = max(examples.lengths)
+        check_room(attached.model, virtual_tokens(attached.model), self.longest)
+        self.member = member_of(job.trial, attached, examples.examples, name=folder.run_id)
         gathered.measurements |= {
-            "peak_allocated_bytes": probe.peak_bytes,
-            "gradient_bytes": probe.gradient_bytes,
+            **_weight_bytes(attached),
+            "train_rows": len(examples.examples),
+            "cut_rows": examples.cut_rows,
+            "loss_token_fraction": examples.loss_share,
         }
-    else:
-        gathered.missing["gradient_bytes"] = "counted on the probe step, which only a CPU needs"
-    watcher.phase(folder.run_id, "training")
-    observer = Observer(attached, folder.layers_path, original=_original(job, base))
-    observed = observed_steps(member.total_steps)
-    with StepLog(folder.steps_path) as log, gathered.timed("train"), meter.phase("train"):
+        self._observed = observed_steps(self.member.total_steps)
 
-        def on_step(trained: Member, record: StepRecord) -> None:
-            values = {**record.values(), **memory_now(device)}
-            log.write(record.step, values)
-            watcher.step(folder.run_id, record.step, values)
-            if record.step in observed:
-                observer.observe(record.step)
+    @property
+    def tokens_per_tick(self) -> float:
+        """Tokens of a micro-batch, on average over the data."""
+        examples = self.member.examples
+        mean = sum(len(example.input_ids) for example in examples) / len(examples)
+        return mean * min(len(examples), self._job.trial.training.micro_batch_size)
 
-        train(attached.model, [member], pad_id=base.tokenizer.pad_token_id, device=device, on_step=on_step)
-    gathered.measurements["observe_seconds"] = observer.seconds
-    _gather_training(member, gathered, device=device)
-    if device.type == "cuda":
-        gathered.measurements["peak_allocated_bytes"] = meter.measurements["train_peak_allocated_bytes"]
-        gathered.measurements["peak_reserved_bytes"] = meter.measurements["train_peak_reserved_bytes"]
-    watcher.phase(folder.run_id, "saving")
-    return _save(job, folder, gathered, base, attached, member)
+    def probe(self, forward: Forward) -> Probe:
+        """The memory of a step of this member alone; what it does is undone."""
+        self._watcher.phase(self._folder.run_id, "measuring memory")
+        self.attached.model.train()
+        with self._gathered.timed("probe"):
+            probe = probe_step(forward, self.attached.model, self.member)
+        if self.attached.routing is not None:
+            self.attached.routing.clear()  # what it heard of the probe is no training
+        self._gathered.facts["probe"] = "alone"
+        return probe
 
+    def begin(self, device: torch.device) -> None:
+        """Opens the log; the next is the first step."""
+        self._device = device
+        self._watcher.phase(self._folder.run_id, "training")
+        self._observer = Observer(self.attached, self._folder.layers_path, original=self._original())
+        self._log = StepLog(self._folder.steps_path)
+        self.attached.model.train()
 
-def _original(job: Job, base: LoadedBase) -> Path | None:
-    """Where the weights lie that a training of the model's own weights starts from."""
-    trial = job.trial
-    return Path(base.facts["model_folder"]) if trial.method.trains == "weights" and trial.init_from is None else None
+    def on_step(self, record: StepRecord) -> None:
+        """Logs a step, and looks at layers and routers where it is time."""
+        values = {**record.values(), **memory_now(self._device)}
+        self._log.write(record.step, values)
+        self._watcher.step(self._folder.run_id, record.step, values)
+        if record.step in self._observed:
+            self._observer.observe(record.step)
 
+    def finish(self) -> str | None:
+        """Gathers totals and saves; returns why it diverged, or None."""
+        self.close()
+        self._gathered.measurements["observe_seconds"] = self._observer.seconds
+        _gather_training(self.member, self._gathered, device=self._device)
+        return self._save()
 
-def _save(
-    job: Job, folder: RunFolder, gathered: Gathered, base: LoadedBase, attached: Attached, member: Member
-) -> str | None:
-    form = job.trial.method.saves
-    name = f"{form}_file_bytes"
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in member.parameters):
-        gathered.missing[name] = "not saved: the weights hold NaN or Inf"
-        return member.diverged or f"step {member.step}: the update left weights that are not finite"
-    with gathered.timed("save"):
-        if form == "adapter":
-            size = save_adapter(attached.model, folder.adapter_folder)
-        elif form == "changed":
-            names = attached.changed_after(member.step)
-            size = save_changed(attached.model, names, folder.changed_folder, identity=weights_identity(job.identities))
-        else:
-            size = save_model(attached.model, base.tokenizer, folder.model_folder)
-    gathered.measurements[name] = size
-    return member.diverged
+    def close(self) -> None:
+        """Puts the log on disk; doing so twice is fine."""
+        if hasattr(self, "_log"):
+            self._log.close()
+
+    def _original(self) -> Path | None:
+        """Where the weights lie that a training of the model's own weights starts from."""
+        trial, facts = self._job.trial, self._base.facts
+        return Path(facts["model_folder"]) if trial.method.trains == "weights" and trial.init_from is None else None
+
+    def _save(self) -> str | None:
+        member, folder, attached = self.member, self._folder, self.attached
+        form = self._job.trial.method.saves
+        name = f"{form}_file_bytes"
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in member.parameters):
+            self._gathered.missing[name] = "not saved: the weights hold NaN or Inf"
+            return member.diverged or f"step {member.step}: the update left weights that are not finite"
+        with self._gathered.timed("save"):
+            if form == "adapter":
+                size = save_adapter(attached.model, folder.adapter_folder)
+            elif form == "changed":
+                names, identity = attached.changed_after(member.step), weights_identity(self._job.identities)
+                size = save_changed(attached.model, names, folder.changed_folder, identity=identity)
+            else:
+                size = save_model(attached.model, self._base.tokenizer, folder.model_folder)
+        self._gathered.measurements[name] = size
+        return member.diverged
 
 
 def _weight_bytes(attached: Attached) -> dict[str, int]:
@@ -122,7 +140,6 @@ def _weight_bytes(attached: Attached) -> dict[str, int]:
 
 def _gather_training(member: Member, gathered: Gathered, *, device: torch.device) -> None:
     """Totals of the step records. Speed is real tokens over the time of the steps themselves."""
-    seconds = sum(record.seconds for record in member.records)
     tokens = sum(record.tokens for record in member.records)
     padded = sum(record.padded_tokens for record in member.records)
     gathered.measurements |= {
@@ -139,18 +156,17 @@ def _gather_training(member: Member, gathered: Gathered, *, device: torch.device
         gathered.warnings.append(
             f"the gradient norm was exactly 0 at {still} of {member.step} steps: nothing was learnt there"
         )
-    if member.records:
-        gathered.measurements |= {
-            "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "padding_fraction": 1 - tokens / padded,
-        }
-        gathered.metrics["train/loss"] = Metric(
-            value=member.records[-1].loss,
-            unit="nats/token",
-            higher_is_better=False,
-            standard_error=None,
-            num_examples=None,
-        )
-    else:
+    if not member.records:
         gathered.missing["tokens_per_second"] = "no step was finished"
+        return
+    gathered.measurements["padding_fraction"] = 1 - tokens / padded
+    seconds = [record.seconds for record in member.records if record.seconds is not None]
+    if len(seconds) == len(member.records):
+        gathered.measurements |= {"step_seconds": sum(seconds), "tokens_per_second": tokens / sum(seconds)}
+    gathered.metrics["train/loss"] = Metric(
+        value=member.records[-1].loss,
+        unit="nats/token",
+        higher_is_better=False,
+        standard_error=None,
+        num_examples=None,
+    )
