@@ -28,7 +28,7 @@ from lora_lab.record.parents import weights_identity
 from lora_lab.record.result import Metric
 from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.run_record import LAYERS_FILE, STEPS_FILE
-from lora_lab.record.step_log import StepLog, copy_steps
+from lora_lab.record.step_log import NONFINITE, StepLog, copy_steps, read_steps
 from lora_lab.record.watcher import Watcher
 from lora_lab.runner.observation import Observer
 from lora_lab.train.forward import Forward
@@ -148,6 +148,9 @@ class Training:
             self._gathered.warnings.append(f"begun anew, since the checkpoint could not be used: {error}")
             return
         self._gathered.facts["resumed"] = {"attempt": int(earlier.name), "step": step}
+        for line in read_steps(self._folder.steps_path):  # who watches this attempt is shown the whole curve
+            values = {key: value for key, value in line.items() if key not in ("step", NONFINITE)}
+            self._watcher.step(self._folder.run_id, line["step"], values)
 
     def close(self) -> None:
         """Puts the log on disk; doing so twice is fine."""
