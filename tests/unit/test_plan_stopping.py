@@ -105,6 +105,14 @@ def test_median_by_hand() -> None:
     assert judged(MEDIAN, run(MEDIAN, "own", [3.4, 2.63]), four) is not None
 
 
+def test_the_mean_of_equal_losses_is_that_loss() -> None:
+    """Summing three of this one and dividing by three gives the float below it, and would end a run for a tie."""
+    loss = 1.9023661934051606
+    assert math.fsum([loss] * 3) / 3 < loss
+    equals = [run(MEDIAN, name, [loss] * 3) for name in "abcd"]
+    assert kept(MEDIAN, equals) == list("abcd")
+
+
 def test_median_needs_enough_runs_that_have_come_as_far() -> None:
     own = run(MEDIAN, "own", [9.0, 9.0])
     behind = run(MEDIAN, "behind", [1.0])
@@ -197,12 +205,13 @@ def test_in_halving_a_diverged_run_is_out_at_the_point_it_did_not_reach() -> Non
     assert kept(HALVING, first) == ["run0"]
     with_lost = [own.fingerprint for own in first if judged(HALVING, own, [*first, early]) is None]
     assert with_lost == ["run0", "run1"], "it is one of the six"
-    second = [run(HALVING, name, [1.0, loss]) for name, loss in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    second = [run(HALVING, name, [1.0, loss]) for loss, name in enumerate("abcde", start=1)]
     alone = [own.fingerprint for own in second if judged(HALVING, own, [*second, early]) is None]
-    assert alone == ["a"], "it was not promoted to the second point"
+    assert alone == ["a"], "it was not promoted to the second point, where there are five"
     late = run(HALVING, "late", [0.5], end="diverged")
-    six = [*second, *(run(HALVING, name, [1.0, 4.0]) for name in "de")]
-    assert [own.fingerprint for own in six if judged(HALVING, own, [*six, late]) is None] == ["a", "b"]
+    assert [own.fingerprint for own in second if judged(HALVING, own, [*second, late]) is None] == ["a", "b"]
+    both = run(HALVING, "both", [0.5, 0.5], end="diverged")
+    assert [own.fingerprint for own in second if judged(HALVING, own, [*second, both]) is None] == ["a", "b"]
 
 
 # Who is compared with whom.

@@ -19,6 +19,8 @@ from lora_lab.record.run_record import RunRecord
 from lora_lab.record.wandb_mapping import exit_code, score_row, study_summary, summary_of
 from lora_lab.report.figures import heat_map
 from lora_lab.report.page import Subject, draw_page
+from lora_lab.report.page_settings import table_view
+from lora_lab.report.page_words import facts
 from lora_lab.report.sentence import answer_sentence
 from lora_lab.report.sweep import Sweep
 from lora_lab.report.terminal import print_comparison, print_runs, print_table
@@ -201,6 +203,11 @@ def test_the_page_shows_them(ledger: Path, findings: Findings) -> None:
     assert '<span class="chip stopped">STOPPED</span>' in page and ".chip.stopped" in page
     assert "4 of 12 runs were stopped early" in page and "Not ranked: lora-r8: 1 of 3 runs was stopped early." in page
     assert REASON in page
+    told = {one["name"]: (one["value"], one["tone"]) for one in facts(findings, planned=12)}
+    assert told["stopped"] == ("4", "muted"), "no cause for alarm"
+    shown = {row["name"]: row["cells"][1] for row in table_view(findings.table)["rows"]}
+    assert shown["lora-r8"]["text"] == "1.00, 1.10" and not shown["lora-r8"]["best"], "shown, and no winner"
+    assert shown["lora-r2"]["best"]
 
 
 def test_a_search_that_stops_runs_has_no_failures(findings: Findings) -> None:
@@ -220,6 +227,9 @@ def test_a_search_that_stops_runs_has_no_failures(findings: Findings) -> None:
 
 def test_two_runs_are_not_compared_by_where_one_was_stopped(findings: Findings) -> None:
     whole, cut = findings.records[0], next(one for one in findings.records if one.state == Status.STOPPED)
+    for record in (whole, cut):
+        line = json.dumps({"index": 0, "loss": 0.001, "loss_tokens": 1, "exact_match": True})
+        (record.eval_folder / "heldout.jsonl").write_text(f"{line}\n{line.replace('0', '1', 1)}\n")
     comparison = compare_runs(whole, cut)
     assert comparison.metrics == comparison.paired == () and comparison.notes == ("b is STOPPED",)
     assert comparison.missing[LOSS] == "only in a"
