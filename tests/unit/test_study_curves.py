@@ -23,7 +23,13 @@ LOSSES = [5.0, 4.0, 3.0, 2.5, 2.2, 2.0, 1.0]
 
 
 def _logged(
-    root: Path, losses: list[float], *, seed: int = 0, status: Status = Status.COMPLETED, repeat: int = 0, **changes: Any
+    root: Path,
+    losses: list[float],
+    *,
+    seed: int = 0,
+    status: Status = Status.COMPLETED,
+    repeat: int = 0,
+    **changes: Any,
 ) -> RunRecord:
     record = ended(root, trial_of(seed=seed), repeat=repeat, status=status, **changes)
     _write(record.steps_path, losses)

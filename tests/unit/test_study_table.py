@@ -142,8 +142,8 @@ def test_a_trial_that_failed_in_a_cohort_and_ended_alone_is_not_lost(tmp_path: P
 
 
 def test_settings_without_a_run_made_alone_are_counted_for_time_and_for_memory(tmp_path: Path) -> None:
-    """rank 2: peaks counted alone; rank 4: on CUDA, so no peak either, and repeat 1 was in a cohort again; rank 8: alone;
-    rank 16 has only failed."""
+    """rank 2: peaks counted alone; rank 4: on CUDA, so no peak either, and repeat 1 was in a cohort again; rank 8 was
+    alone; rank 16 has only failed."""
     for seed in (0, 1):
         ended(tmp_path, trial_of(rank=2, seed=seed), **as_member("c1", ["a"], seats=2, wall=9.0))
     for repeat in (0, 1):
