@@ -123,6 +123,8 @@ class Sweep:
         """The same for a cohort, by the steps of all its runs together."""
         with self._lock:
             cohort = self._cohorts[cohort_id]
+            if cohort_id not in self._live():
+                return False
             steps = sum(member.steps for member in cohort.view.members)
             share = (cohort.step - cohort.told_step) / steps if steps else 0.0
             return self._is_due(cohort, share >= after_share, after_seconds, silence_seconds)
@@ -131,7 +133,7 @@ class Sweep:
         now = self._clock()
         alone = [run for run in self._open.values() if run.cohort is None]
         others: list[OpenRun | OpenCohort] = [*alone, *(self._cohorts[name] for name in self._live())]
-        silence = now - max(other.told_at for other in (*self._open.values(), *others))
+        silence = now - max(other.told_at for other in (one, *self._open.values(), *others))
         if not ((silence >= after_seconds and has_moved) or silence >= silence_seconds):
             return False
         if any(other.told_at < one.told_at and other.step > other.told_step for other in others):

@@ -300,7 +300,9 @@ def test_all_watchers_hear_of_a_cohort_and_what_is_not_measured_is_left_out(cloc
         clock.now += 61.0
     assert stream.getvalue().splitlines()[-1] == "  cohort x: 1 of 2 seats, 0% of the steps; time left: unknown"
     assert drawn == ["x"], "a cohort is no reason to draw the page again"
-    watcher.cohort("other", CohortView((), 2, 0, None, None, None))
+    _end(watcher, "a")
+    watcher.cohort("c2", CohortView((), 2, 0, None, None, None))
+    assert "c2" not in stream.getvalue(), "nobody is in it, and it is no error"
 
 
 def test_a_member_that_fails_leaves_its_reason(clock: Clock) -> None:
