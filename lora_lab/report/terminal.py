@@ -13,6 +13,7 @@ from rich.console import Console
 from lora_lab.plan.row import PlanRow
 from lora_lab.record.export import rows_of, to_json
 from lora_lab.record.run_record import RunRecord
+from lora_lab.report.cohort_words import alone_sentences, empty_columns, missing_of_runs
 from lora_lab.report.grid import Column, Grid, console_for, print_grid, print_line
 from lora_lab.report.text import (
     UNKNOWN,
@@ -22,6 +23,7 @@ from lora_lab.report.text import (
     interval_text,
     number_text,
     seconds_text,
+    stopped_notes,
     value_text,
 )
 from lora_lab.study.compare import Comparison
@@ -30,6 +32,7 @@ from lora_lab.study.table import MetricColumn, SettingRow, SettingsTable
 _FIRST_METRIC = "heldout/loss"
 _PEAK, _TIME = "peak_allocated_bytes", "train_seconds"
 _SHOWN_ALONE = 3
+_COSTS = ((_PEAK, "peak memory"), (_TIME, "train time"))
 
 
 def print_plan(rows: Sequence[PlanRow], *, as_json: bool = False, stream: TextIO | None = None) -> None:
@@ -103,6 +106,8 @@ def print_runs(records: Sequence[RunRecord], *, as_json: bool = False, stream: T
     for record in records:
         if (reason := _reason(record)) is not None:
             print_line(console, f"{record.run_id} {record.name}: {reason}", style="dim")
+    for line in missing_of_runs(records, _COSTS):
+        print_line(console, line, style="dim")
 
 
 def _run_cells(record: RunRecord) -> tuple[str, ...]:
@@ -154,7 +159,7 @@ def _metric_title(column: MetricColumn) -> str:
 def _setting_cells(row: SettingRow, columns: Sequence[MetricColumn]) -> tuple[str, ...]:
     return (
         row.name,
-        str(row.completed) if row.completed == row.runs else f"{row.completed} of {row.runs}",
+        str(row.trials) if row.trials_completed == row.trials else f"{row.trials_completed} of {row.trials}",
         *(cell_text(row.cells[column.name]) for column in columns),
         count_text(row.trainable_parameters),
         bytes_text(row.cost.get(_PEAK)),
@@ -178,12 +183,14 @@ def _print_legend(console: Console, table: SettingsTable) -> None:
 
 
 def _table_notes(table: SettingsTable) -> list[str]:
-    notes = [f"not in a mean: {reason}" for row in table.rows for reason in row.reasons]
+    notes = stopped_notes(table)
+    notes += [f"not in a mean: {reason}" for row in table.rows for reason in row.reasons]
     for row in table.rows:
         for name, cell in row.cells.items():
             is_idle = row.is_base and name.startswith("train/")  # nothing is trained, so nothing is missed
             if cell.missing is not None and row.completed and not is_idle:
                 notes.append(f"{row.name}: no {name}: {cell.missing}")
+    notes += [*empty_columns(table, _COSTS), *alone_sentences(table.not_alone)]
     return [*notes, *(f"cannot be read: {problem}" for problem in table.problems)]
 
 

@@ -13,7 +13,7 @@ from lora_lab.models.loss_token_logits import loss_token_logits
 from lora_lab.plan.job import Job
 from lora_lab.record.result import Status
 from lora_lab.record.run_folder import RunFolder
-from lora_lab.record.watcher import Watcher
+from lora_lab.runner.desk import Desk
 from lora_lab.runner.outcome import Outcome
 from lora_lab.runner.run import Run
 from lora_lab.runner.training import Training
@@ -23,14 +23,14 @@ from lora_lab.train.forward import Alone, Forward, Together
 from lora_lab.train.loop import tick
 
 
-def run_alone(job: Job, folder: RunFolder, bench: Workbench, watcher: Watcher) -> Status:
+def run_alone(job: Job, folder: RunFolder, desk: Desk) -> Status:
     """Runs one job in its claimed folder and writes its result.
 
     Raises:
         KeyboardInterrupt, MachineError: after they have been recorded; the next run would fare no better.
     """
-    ended = _run_alone(Run(job, folder, bench, watcher, shared=None))
-    let_go(bench.device)
+    ended = _run_alone(Run(job, folder, desk, shared=None))
+    let_go(desk.bench.device)
     if ended.stop is not None:
         raise ended.stop
     return ended.status
@@ -43,7 +43,9 @@ def _run_alone(run: Run) -> Outcome:
                 _train(run, run.training, forward)
 
     # One phase after another, until one fails or all are through.
-    all(run.attempt(phase) for phase in (run.prepare, train, run.complete))
+    for phase in (run.prepare, train, run.complete):
+        if run.outcome is None:
+            run.attempt(phase)
     return run.close()
 
 
@@ -78,8 +80,10 @@ def _train(run: Run, training: Training, forward: Forward) -> None:
         measured |= {"peak_allocated_bytes": probe.peak_bytes, "gradient_bytes": probe.gradient_bytes}
     with run.measured("train"):
         training.begin(forward.device)
-        while training.member.is_active:
+        while training.member.is_active and run.outcome is None:
             tick(forward, [training.member], on_step=lambda _, record: training.on_step(record), timed=True)
+            run.evaluate_point()
+            run.judge()
     if forward.device.type == "cuda":
         for kind in ("allocated", "reserved"):
             measured[f"peak_{kind}_bytes"] = run.meter.measurements[f"train_peak_{kind}_bytes"]

@@ -7,42 +7,31 @@ before training goes on.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from lora_lab.adapters.cohort.trunk import Trunk
 from lora_lab.errors import MachineError
+from lora_lab.memory.meter import memory_now
 from lora_lab.plan.job import Job
 from lora_lab.record.result import Status
-from lora_lab.record.run_folder import RunFolder
-from lora_lab.record.watcher import Watcher
+from lora_lab.record.watcher import CohortMember, CohortView
 from lora_lab.runner.alone import let_go
+from lora_lab.runner.desk import Desk
 from lora_lab.runner.outcome import Outcome
 from lora_lab.runner.run import Run
 from lora_lab.runner.seats import MemoryBudget
 from lora_lab.runner.shared_cost import SharedCost
 from lora_lab.runner.training import Training
-from lora_lab.runner.workbench import Workbench
 from lora_lab.train.checkpointing import enable_checkpointing
 from lora_lab.train.forward import Together
 from lora_lab.train.loop import tick
 from lora_lab.train.member import Member, StepRecord
 
-
-@dataclass(frozen=True, slots=True)
-class Desk:
-    """Where a cohort's jobs come from and go to.
-
-    claim: a job's folder, or None where it is not ours to run. is_last: told how each run ended, with the queue (for
-    who is tried again); whether nobody else takes a seat.
-    """
-
-    bench: Workbench
-    watcher: Watcher
-    claim: Callable[[Job], RunFolder | None]
-    is_last: Callable[[Job, Status, deque[Job]], bool]
+# Between two looks at a cohort that nobody has joined or left.
+_SHOW_SECONDS = 0.5
 
 
 class Cohort:
@@ -57,6 +46,8 @@ class Cohort:
         self._seated: list[Run] = []
         self._waiting: Run | None = None
         self._closed = False
+        self._shown: list[str] = []
+        self._shown_at = 0.0
 
     def run(self) -> None:
         """Runs all jobs that can be claimed.
@@ -73,10 +64,36 @@ class Cohort:
     def _run(self) -> None:
         self._fill()
         while self._seated:
+            self._show()
             self._advance()
-            for run in [one for one in self._seated if not _training(one).member.is_active or one.outcome is not None]:
+            self._compare()
+            for run in [one for one in self._seated if one.outcome is not None or not _training(one).member.is_active]:
                 self._leave(run)
             self._fill()
+
+    def _compare(self) -> None:
+        """Where a search ends who falls behind: all who stand at a point are evaluated before the first is judged."""
+        for phase in (Run.evaluate_point, Run.judge):
+            for run in self._seated:
+                if run.outcome is None:
+                    run.attempt(functools.partial(phase, run))
+
+    def _show(self) -> None:
+        """Tells the watcher, after each change of who is seated and else twice a second."""
+        seated = [run.run_id for run in self._seated]
+        if seated == self._shown and time.monotonic() - self._shown_at < _SHOW_SECONDS:
+            return
+        self._shown, self._shown_at = seated, time.monotonic()
+        memory_key, memory_bytes = next(iter(memory_now(self._desk.bench.device).items()))
+        view = CohortView(
+            members=tuple(_shown(run) for run in self._seated),
+            seats=self._seats,
+            waiting=len(self.queue) + (self._waiting is not None),
+            tokens_per_second=self._shared.tokens_per_second,
+            memory_key=memory_key,
+            memory_bytes=memory_bytes,
+        )
+        self._desk.watcher.cohort(self._shared.cohort_id, view)
 
     def _fill(self) -> None:
         """Seats runs until seats, memory or jobs are used up."""
@@ -98,7 +115,7 @@ class Cohort:
             if folder is None:
                 self.held.append(job)
                 continue
-            run = Run(job, folder, self._desk.bench, self._desk.watcher, shared=self._shared)
+            run = Run(job, folder, self._desk, shared=self._shared)
             if run.attempt(run.prepare) and run.training is not None and run.attempt(lambda: self._join(run)):  # noqa: B023
                 return run
             self._end(run)
@@ -180,6 +197,12 @@ class Cohort:
                 run.outcome = Outcome(Status.INTERRUPTED, why)
             run.close()
         self._seated, self._waiting = [], None
+
+
+def _shown(run: Run) -> CohortMember:
+    member = _training(run).member
+    loss = member.records[-1].loss if member.records else None
+    return CohortMember(run.run_id, run.job.name, member.step, member.total_steps, loss)
 
 
 def _training(run: Run) -> Training:

@@ -22,12 +22,12 @@ from lora_lab.record.gathered import Gathered
 from lora_lab.record.model_card import write_cards
 from lora_lab.record.result import Result, Status
 from lora_lab.record.run_folder import RunFolder
-from lora_lab.record.watcher import Watcher
 from lora_lab.runner.checks import verify_identities, warn_about_cuts, warn_about_limit
+from lora_lab.runner.desk import Desk
 from lora_lab.runner.outcome import COMPLETED, Outcome, outcome_of
+from lora_lab.runner.search import Contestant
 from lora_lab.runner.shared_cost import SharedCost
 from lora_lab.runner.training import Training
-from lora_lab.runner.workbench import Workbench
 from lora_lab.schema.fingerprint import NUMERICS_VERSION
 
 
@@ -38,20 +38,20 @@ class Run:
     ended, by whatever phase.
     """
 
-    def __init__(
-        self, job: Job, folder: RunFolder, bench: Workbench, watcher: Watcher, *, shared: SharedCost | None
-    ) -> None:
-        self.job, self.folder, self.bench, self.watcher, self.shared = job, folder, bench, watcher, shared
+    def __init__(self, job: Job, folder: RunFolder, desk: Desk, *, shared: SharedCost | None) -> None:
+        self.job, self.folder, self.shared = job, folder, shared
+        self.bench, self.watcher, self._desk = desk.bench, desk.watcher, desk
         self.gathered = Gathered()
         self.outcome: Outcome | None = None
         self.training: Training | None = None
-        self._meter = MemoryMeter(bench.device) if shared is None else Unmeasured(shared.why_missing)
+        self.contestant: Contestant | None = None
+        self._meter = MemoryMeter(self.bench.device) if shared is None else Unmeasured(shared.why_missing)
         self._finally = contextlib.ExitStack()
         self._started_at = utc_now()
-        self.gathered.facts |= {"device": str(bench.device), "executed": "alone" if shared is None else "cohort"}
+        self.gathered.facts |= {"device": str(self.bench.device), "executed": "alone" if shared is None else "cohort"}
         self.gathered.note_load("before")
         steps = steps_of(job.trial, job.train_rows)
-        watcher.run_started(folder.header, folder.path, steps=0 if steps is None else steps.steps)
+        self.watcher.run_started(folder.header, folder.path, steps=0 if steps is None else steps.steps)
         if shared is None:
             self._finally.enter_context(self.gathered.timed("wall"))
 
@@ -87,9 +87,26 @@ class Run:
         self.gathered.measurements |= {"trainable_parameters": trainable, "total_parameters": total}
         if job.trial.method.kind != "base":
             warn_about_cuts(self.gathered, self._tokens.train, side="training", trial=job.trial)
-            self.training = Training(
-                job, self.folder, self.gathered, self.base, self.attached, self._tokens.train, watcher=self.watcher
-            )
+            self.training = self._training()
+
+    def evaluate_point(self) -> None:
+        """Where the run stands at a point of its search: scores the held-out rows, and keeps its state."""
+        if self.training is not None and self.contestant is not None and self.contestant.is_at_point:
+            self.watcher.phase(self.run_id, "comparing")
+            self.contestant.evaluate(self.folder)
+            self.training.checkpoint()
+            self.watcher.phase(self.run_id, "training")
+
+    def judge(self) -> None:
+        """Ends the run where the rule of its search does."""
+        if self.training is None or self.contestant is None or not self.contestant.is_at_point:
+            return
+        stop = self.contestant.judge(self.folder)
+        if stop is not None:
+            self.training.stop()
+            self.gathered.facts["stopping"] = stop.facts(self._desk.stopping)
+            self.gathered.missing["scores"] = "the run was stopped early"
+            self.outcome = Outcome(Status.STOPPED, stop.reason)
 
     def complete(self) -> None:
         """Saves what was trained, and scores it unless it diverged."""
@@ -108,11 +125,15 @@ class Run:
         """Records the outcome and lets go of the folder."""
         assert self.outcome is not None
         with self.folder:
+            if self.training is not None:
+                self.training.close()
             self._finally.close()
             self.gathered.note_load("after")
             self._gather_memory()
             result = self._result(self.outcome)
             self.folder.write_result(result)
+            if result.status.is_final:
+                self.folder.drop_checkpoints()
             write_cards(self.folder.path, self.folder.header, result)
             self.watcher.run_finished(self.folder.header, self.folder.path, result)
         return self.outcome
@@ -127,6 +148,28 @@ class Run:
     def meter(self) -> MemoryMeter | Unmeasured:
         """Of memory; of a run with a share in a cohort it measures nothing and says why."""
         return self._meter
+
+    def _training(self) -> Training:
+        training = Training(
+            self.job,
+            self.folder,
+            self.gathered,
+            self.base,
+            self.attached,
+            self._tokens.train,
+            watcher=self.watcher,
+            checkpoint_seconds=self._desk.checkpoint_seconds,
+        )
+        if self._desk.stopping.rule != "off":
+            self.contestant = Contestant(
+                training.member,
+                self.attached.model,
+                self._tokens.heldout.examples,
+                evaluation=self.job.trial.evaluation,
+                stopping=self._desk.stopping,
+                rivals=self._desk.rivals(self.job),
+            )
+        return training
 
     def _attached(self, base: LoadedBase) -> Attached:
         job, restorer = self.job, self.bench.restorer

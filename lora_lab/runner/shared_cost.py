@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
 
 from lora_lab.memory.meter import MemoryMeter
 from lora_lab.record.gathered import Gathered
+
+# The speed that is shown is that of the last passes: one by itself jumps with the length of its rows.
+_PACE_TICKS = 10
 
 
 @dataclass(slots=True)
@@ -31,6 +35,7 @@ class SharedCost:
         )
         self.meter = MemoryMeter(device)
         self._shares: dict[str, _Share] = {}
+        self._pace: deque[tuple[float, int]] = deque(maxlen=_PACE_TICKS)
 
     def join(self, run_id: str) -> None:
         """A member takes its seat."""
@@ -38,11 +43,18 @@ class SharedCost:
 
     def note_tick(self, run_ids: list[str], *, seconds: float, tokens: int) -> None:
         """A pass over these members' micro-batches, and the updates after it."""
+        self._pace.append((seconds, tokens))
         for run_id in run_ids:
             share = self._shares[run_id]
             share.seconds += seconds
             share.tokens += tokens
             share.fellows |= dict.fromkeys(run_ids)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all members together, over the last passes; None before the first."""
+        seconds = sum(one for one, _ in self._pace)
+        return sum(tokens for _, tokens in self._pace) / seconds if seconds else None
 
     def gather(self, run_id: str, gathered: Gathered) -> None:
         """Writes what is shared under the cohort's keys, and why it is missing under the member's."""

@@ -5,6 +5,7 @@ Whoever drives it calls `begin`, then `on_step` for each step of `member`, then 
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -14,22 +15,26 @@ from lora_lab.adapters.changed import save_changed
 from lora_lab.adapters.prompts import check_room, virtual_tokens
 from lora_lab.adapters.save import save_adapter, save_model
 from lora_lab.data.encode import EncodedSet
+from lora_lab.errors import DataError, InputError
 from lora_lab.memory.live_bytes import model_tensors, storage_bytes
 from lora_lab.memory.meter import memory_now
 from lora_lab.models.load import LoadedBase
 from lora_lab.optim.optimizers import optimizer_facts, state_tensors
 from lora_lab.plan.job import Job
+from lora_lab.record.evaluation_log import carry_evaluations
 from lora_lab.record.gathered import Gathered
-from lora_lab.record.layer_log import observed_steps
+from lora_lab.record.layer_log import copy_observations, observed_steps
 from lora_lab.record.parents import weights_identity
 from lora_lab.record.result import Metric
 from lora_lab.record.run_folder import RunFolder
-from lora_lab.record.step_log import StepLog
+from lora_lab.record.run_record import LAYERS_FILE, STEPS_FILE
+from lora_lab.record.step_log import NONFINITE, StepLog, copy_steps, read_steps
 from lora_lab.record.watcher import Watcher
 from lora_lab.runner.observation import Observer
 from lora_lab.train.forward import Forward
 from lora_lab.train.member import Member, StepRecord, member_of
 from lora_lab.train.probe import Probe, probe_step
+from lora_lab.train.saved_state import load_state, save_state
 
 
 class Training:
@@ -45,8 +50,10 @@ class Training:
         examples: EncodedSet,
         *,
         watcher: Watcher,
+        checkpoint_seconds: float,
     ) -> None:
         """Raises InputError where rows and virtual tokens do not fit into the context."""
+        self._checkpoint_seconds = checkpoint_seconds
         self._job, self._folder, self._gathered, self._base, self._watcher = job, folder, gathered, base, watcher
         self.attached = attached
         self.longest = max(examples.lengths)
@@ -79,8 +86,10 @@ class Training:
         return probe
 
     def begin(self, device: torch.device) -> None:
-        """Opens the log; the next is the first step."""
+        """Goes on from the checkpoint of an earlier attempt, if there is one, and opens the log."""
         self._device = device
+        self._resume()
+        self._saved_at = time.monotonic()
         self._watcher.phase(self._folder.run_id, "training")
         self._observer = Observer(self.attached, self._folder.layers_path, original=self._original())
         self._log = StepLog(self._folder.steps_path)
@@ -93,13 +102,55 @@ class Training:
         self._watcher.step(self._folder.run_id, record.step, values)
         if record.step in self._observed:
             self._observer.observe(record.step)
+        # At the end of an adapter's training too: who is killed while it is scored need not be trained again.
+        is_last = record.step == self.member.total_steps and self._job.trial.method.saves == "adapter"
+        if is_last or time.monotonic() - self._saved_at >= self._checkpoint_seconds:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Keeps the state between two steps on disk, in place of an older one."""
+        start = time.perf_counter()
+        save_state(self.member, self.attached, self._folder.checkpoint_folder)
+        self._folder.drop_earlier_checkpoints()
+        self._saved_at = time.monotonic()
+        seconds = self._gathered.measurements
+        seconds["checkpoint_seconds"] = seconds.get("checkpoint_seconds", 0.0) + time.perf_counter() - start
+
+    def stop(self) -> None:
+        """Ends the training before its last step; it can be gone on with from the checkpoint."""
+        self.close()
+        self._gather()
 
     def finish(self) -> str | None:
         """Gathers totals and saves; returns why it diverged, or None."""
         self.close()
+        self._gather()
+        return self._save()
+
+    def _gather(self) -> None:
         self._gathered.measurements["observe_seconds"] = self._observer.seconds
         _gather_training(self.member, self._gathered, device=self._device)
-        return self._save()
+
+    def _resume(self) -> None:
+        checkpoint = self._folder.resumable()
+        if checkpoint is None:
+            return
+        earlier = checkpoint.parent
+        try:
+            load_state(self.member, self.attached, checkpoint)
+            step = self.member.step
+            copy_steps(earlier / STEPS_FILE, self._folder.steps_path, up_to=step)
+            copy_observations(earlier / LAYERS_FILE, self._folder.layers_path, up_to=step)
+            carry_evaluations(earlier, self._folder.path, step=step)
+        except (InputError, DataError) as error:
+            if self.member.step:
+                raise  # the state is loaded, and would be told from a log that is not there
+            self._gathered.warnings.append(f"begun anew, since the checkpoint could not be used: {error}")
+            return
+        self._gathered.facts["resumed"] = {"attempt": int(earlier.name), "step": step}
+        for line in read_steps(self._folder.steps_path):  # who watches this attempt is shown the whole curve
+            values = {key: value for key, value in line.items() if key not in ("step", NONFINITE)}
+            self._watcher.step(self._folder.run_id, line["step"], values)
 
     def close(self) -> None:
         """Puts the log on disk; doing so twice is fine."""

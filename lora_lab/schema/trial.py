@@ -37,6 +37,7 @@ from lora_lab.schema.section import (
     Seed,
     Text,
 )
+from lora_lab.schema.stopping import Stopping
 from lora_lab.schema.tracking import Tracking
 
 _ALPHA_WORDS = {"2r": 2.0, "r": 1.0, "r/2": 0.5}
@@ -127,6 +128,7 @@ class LocalLaunch(Section):
     memory_fraction: Annotated[Positive, Field(le=1)]
     checkpoint_seconds: NonNegative
     retries: Natural
+    stopping: Stopping
 
     @field_validator("device", mode="before")
     @classmethod

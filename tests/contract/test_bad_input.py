@@ -528,6 +528,8 @@ SWEEPS: list[tuple[str, tuple[str, ...]]] = [
     ("rank=4,8 seed=0 rank=2", ("rank: given twice: rank=4,8 and rank=2",)),
     ("max_runs=1,2", ("max_runs: must be the same for all points of a sweep, got 1 and 2",)),
     ("root=a,b", ("root: must be the same for all points",)),
+    ("launch.cohort=auto,off", ("launch.cohort: must be the same for all points of a sweep, got auto and off",)),
+    ("launch.device=cuda:0,cuda:1", ("launch.device: must be the same for all points of a sweep",)),
     ("max_runs=0 rank=4,8", ("max_runs: must be >= 1, got 0",)),
     ("max_runs=x rank=4,8", ('max_runs: expected an integer, got "x"',)),
     ("optimizer=adam,sgd", ('optimizer: no such choice "adam"',)),

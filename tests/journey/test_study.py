@@ -121,9 +121,9 @@ def test_the_command_line_wins_over_the_study(here: Path, lab: Lab) -> None:
 
 def test_a_failed_baseline_is_tried_again(here: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    from lora_lab.runner import job
+    from lora_lab.runner import run
 
-    score = job.score_model
+    score = run.score_model
 
     def failing(model: object, *args: object, **kwargs: object) -> object:
         if type(model).__name__ == "LlamaForCausalLM":
@@ -131,7 +131,7 @@ def test_a_failed_baseline_is_tried_again(here: Path, lab: Lab, monkeypatch: pyt
         return score(model, *args, **kwargs)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "score_model", failing)
+        patch.setattr(run, "score_model", failing)
         answer = lab.run("-m", "study=other", "--json")
     assert answer.code == 3
     row_zero, *others = answer.json()["rows"]

@@ -117,10 +117,10 @@ def test_nan_is_a_gap_and_the_end_of_a_diverged_run(lab: Lab, monkeypatch: pytes
 
 
 def test_a_run_tried_again_is_the_same_run(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_lab.runner import job
+    from lora_lab.runner import run
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "score_model", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("injected")))
+        patch.setattr(run, "score_model", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("injected")))
         assert lab.run("tracking=offline").code == 3
     (failed,) = offline_runs(lab.root).values()
     check_run(failed, lab.only())
