@@ -141,7 +141,7 @@ class _Shift:
 
     def _is_last(self, job: Job, status: Status, queue: deque[Job]) -> bool:
         """Notes how a run ended: it comes back to the head of the queue while it has retries left."""
-        if status.is_final or status == Status.STOPPED:
+        if not status.is_retried:
             return self.is_over
         key = _key(job)
         self._tries[key] = self._tries.get(key, 0) + 1

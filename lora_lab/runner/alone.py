@@ -81,9 +81,10 @@ def _train(run: Run, training: Training, forward: Forward) -> None:
     with run.measured("train"):
         training.begin(forward.device)
         while training.member.is_active and run.outcome is None:
-            tick(forward, [training.member], on_step=lambda _, record: training.on_step(record), timed=True)
             run.evaluate_point()
             run.judge()
+            if run.outcome is None:
+                tick(forward, [training.member], on_step=lambda _, record: training.on_step(record), timed=True)
     if forward.device.type == "cuda":
         for kind in ("allocated", "reserved"):
             measured[f"peak_{kind}_bytes"] = run.meter.measurements[f"train_peak_{kind}_bytes"]

@@ -65,8 +65,8 @@ class Cohort:
         self._fill()
         while self._seated:
             self._show()
-            self._advance()
             self._compare()
+            self._advance()
             for run in [one for one in self._seated if one.outcome is not None or not _training(one).member.is_active]:
                 self._leave(run)
             self._fill()
@@ -140,6 +140,8 @@ class Cohort:
     def _advance(self) -> None:
         """A pass of all who are seated. Where it fails, each goes on by itself, and who fails then has failed."""
         active = [run for run in self._seated if run.outcome is None]
+        if not active:
+            return
         try:
             self._tick(active)
         except MachineError:
