@@ -86,6 +86,10 @@ class Training:
         self._gathered.facts["probe"] = "alone"
         return probe
 
+    def note_rows(self, how: str) -> None:
+        """For the record: how rows of unequal length are handed to the model."""
+        self._gathered.facts["rows"] = how
+
     def begin(self, device: torch.device) -> None:
         """Goes on from the checkpoint of an earlier attempt, if there is one, and opens the log."""
         self._device = device
