@@ -140,8 +140,11 @@ class Cohort:
         training.begin(self._desk.bench.device)
 
     def _advance(self) -> None:
-        """A micro-batch of all who are seated, in one pass, or in several where one was too much for the memory."""
-        self._pass([run for run in self._seated if run.outcome is None])
+        """A micro-batch of all who are seated, in one pass, or in several where one was too much for the memory.
+
+        Who goes on from its last step (it was killed while it was scored) has nothing left to do but to leave.
+        """
+        self._pass([run for run in self._seated if run.outcome is None and _training(run).member.is_active])
 
     def _pass(self, runs: Sequence[Run]) -> None:
         """Where a pass fails each run goes on by itself, and who fails then has failed; for want of memory in halves."""
