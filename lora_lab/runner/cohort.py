@@ -147,7 +147,7 @@ class Cohort:
         self._pass([run for run in self._seated if run.outcome is None and _training(run).member.is_active])
 
     def _pass(self, runs: Sequence[Run]) -> None:
-        """Where a pass fails each run goes on by itself, and who fails then has failed; for want of memory in halves."""
+        """Where a pass fails each run goes on by itself, and who fails then has failed; out of memory, in halves."""
         size = self._per_pass
         for start in range(0, len(runs), size):
             group = runs[start : start + size]
