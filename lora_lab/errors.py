@@ -64,10 +64,6 @@ class MachineError(LabError):
     exit_code = 4
 
 
-class Diverged(LabError):  # noqa: N818 - the outcome's name
-    """Loss or gradient norm is not finite; raised before the update that would have spread it."""
-
-
 class EvaluationError(LabError):
     """A score could not be computed honestly, for example a log-likelihood was NaN."""
 

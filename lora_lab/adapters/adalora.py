@@ -17,6 +17,7 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import RankAllocator
 from torch import Tensor
 
+from lora_lab.adapters.course import CourseState
 from lora_lab.adapters.lora import is_transposed, named_base
 from lora_lab.adapters.select import find_targets
 from lora_lab.plan.steps import budget_phases
@@ -73,6 +74,38 @@ class BudgetSchedule:
     def after_step(self, step: int) -> None:
         """Importance from the gradients of the step, and the budget of this moment."""
         self._tuner.update_and_allocate(step + 1)
+
+    def state(self, step: int) -> CourseState:
+        """Both moving averages of every entry's importance, and which entries of E stay; of old steps nothing else."""
+        allocator = self._tuner.rankallocator
+        averages = {"sensitivity": allocator.exp_avg_ipt, "uncertainty": allocator.exp_avg_unc}
+        tensors = {f"{kind}/{name}": one for kind, found in averages.items() for name, one in found.items()}
+        return CourseState(tensors, {"rank_pattern": allocator.peft_config.rank_pattern})
+
+    def misfits(self, step: int, state: CourseState) -> list[str]:
+        """Averages and patterns of other matrices than those of this adapter."""
+        sizes = {name: parameter.shape for name, parameter in self._tuner.model.named_parameters()}
+        found = [(key.partition("/")[2], tuple(tensor.shape)) for key, tensor in state.tensors.items()]
+        pattern = state.values.get("rank_pattern") or {}
+        found += [(name, (len(kept), 1)) for name, kept in pattern.items()]
+        return [
+            f"AdaLoRA's state of {name} is {size}, here it is {tuple(sizes.get(name, ()))}"
+            for name, size in found
+            if sizes.get(name) != size
+        ]
+
+    def take_up(self, step: int, state: CourseState, optimizer: torch.optim.Optimizer) -> None:
+        """The averages as copies on their parameters' devices."""
+        allocator = self._tuner.rankallocator
+        parameters = dict(self._tuner.model.named_parameters())
+        allocator.reset_ipt()
+        averages = {"sensitivity": allocator.exp_avg_ipt, "uncertainty": allocator.exp_avg_unc}
+        for key, tensor in state.tensors.items():
+            kind, _, name = key.partition("/")
+            averages[kind][name] = tensor.to(parameters[name].device, copy=True)
+            # The sensitivity of one step: PEFT begins all three anew where it is missing.
+            allocator.ipt[name] = torch.zeros_like(parameters[name])
+        allocator.peft_config.rank_pattern = state.values["rank_pattern"]
 
 
 class _ExactAllocator(RankAllocator):  # type: ignore[misc]  # PEFT is untyped

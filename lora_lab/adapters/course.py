@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ class Auxiliary(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class CourseState:
+    """What a course has learnt in the steps so far, beside the weights: tensors, and JSON values."""
+
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+
+
 class Course(Protocol):
     """What happens to the model between optimizer steps; `step` counts finished steps, from 0."""
 
@@ -38,3 +46,14 @@ class Course(Protocol):
 
     def after_step(self, step: int) -> None:
         """After the update, while the gradients of the step are still there."""
+
+    def state(self, step: int) -> CourseState:
+        """After `step` steps; the tensors are the course's own."""
+        ...
+
+    def misfits(self, step: int, state: CourseState) -> list[str]:
+        """Why this course could not have come to `state` in `step` steps; changes nothing."""
+        ...
+
+    def take_up(self, step: int, state: CourseState, optimizer: torch.optim.Optimizer) -> None:
+        """Makes a course that has not begun what it was after `step` steps; `state` has no misfits."""

@@ -8,6 +8,7 @@ do not disturb each other. On another kind of device the same seed draws another
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,9 +45,17 @@ class SeededDropout(nn.Module):
         """`x` of any shape; the same shape and dtype come back."""
         if not self.training or self.p == 0:
             return x
-        generator = torch.Generator(device=x.device).manual_seed(self._mask_seed())
-        dropped = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32) < self.p
-        return x.masked_fill(dropped, 0) * (1 / (1 - self.p))
+        return x.masked_fill(self.dropped(x.shape, x.device), 0) * self.keep_scale
+
+    @property
+    def keep_scale(self) -> float:
+        """What the elements that are kept are multiplied by."""
+        return 1 / (1 - self.p)
+
+    def dropped(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """The mask of an input of this shape at the clock's time: bool, True where it is zeroed."""
+        generator = torch.Generator(device=device).manual_seed(self._mask_seed())
+        return torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float32) < self.p
 
     def extra_repr(self) -> str:
         """Shown when a model is printed."""

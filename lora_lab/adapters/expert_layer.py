@@ -111,7 +111,7 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT
         base_dtype = result.dtype
         for name in self.active_adapters:
             if name in self.lora_experts_A:
-                result = result + self._mixture(x, name)
+                result = result + self.mixture(x, name)
         return result.to(base_dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -121,7 +121,8 @@ class LoraExpertsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT
     def __repr__(self) -> str:
         return f"lora_experts.{super().__repr__()}"
 
-    def _mixture(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def mixture(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """What adapter `name` adds to the base's output: [..., in] to [..., out], in the adapter's precision."""
         down, up = self.lora_experts_A[name], self.lora_experts_B[name]
         probabilities, weights = route(x, self.lora_experts_router[name], self.top_k[name])
         if self.routing_log is not None and name == self.routing_adapter:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from lora_lab.adapters.base_weights import placed_weights
+from lora_lab.adapters.course import CourseState
 from lora_lab.errors import InputError, Problem
 
 
@@ -78,6 +79,24 @@ class Lisa:
 
     def after_step(self, step: int) -> None:
         """Nothing."""
+
+    def state(self, step: int) -> CourseState:
+        """The layers of the period of the last step: to know this course by, since draws need no state."""
+        return CourseState({}, {"layers": list(self.drawn(self._last_period(step)))})
+
+    def misfits(self, step: int, state: CourseState) -> list[str]:
+        """Other layers than this course has drawn."""
+        own = list(self.drawn(self._last_period(step)))
+        found = state.values.get("layers")
+        return [] if found == own else [f"LISA trained the layers {found} at step {step}, this trial draws {own}"]
+
+    def take_up(self, step: int, state: CourseState, optimizer: torch.optim.Optimizer) -> None:
+        """The layers of the last step, in the optimizer's groups too; those of the next one are drawn as ever."""
+        if step:
+            self.before_step(step - 1, optimizer)
+
+    def _last_period(self, step: int) -> int:
+        return max(0, step - 1) // self._interval
 
     def ever_trained(self, steps: int) -> list[str]:
         """Names of the parameters that a training of this many steps may have changed."""

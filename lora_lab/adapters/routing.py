@@ -147,6 +147,16 @@ class RoutingTotals:
             if self._keep_sequences:
                 self._sequences.setdefault(name, []).append(_sequence_means(entry, real))
 
+    @property
+    def sums(self) -> Mapping[str, torch.Tensor]:
+        """All that was added up, by router: what `put_back` takes. Without what is kept of sequences."""
+        return self._sums
+
+    def put_back(self, sums: Mapping[str, torch.Tensor], *, device: torch.device) -> None:
+        """Forgets all batches and goes on from copies of these sums, on the device of the batches to come."""
+        self.clear()
+        self._sums = {name: one.to(device, copy=True) for name, one in sums.items()}
+
     def clear(self) -> None:
         """Forgets all batches."""
         self._sums.clear()

@@ -19,6 +19,7 @@ from lora_lab.record.wandb_tracker import WandbTracker
 from lora_lab.record.watcher import Watchers
 from lora_lab.report.redraw import Redraw
 from lora_lab.report.terminal import print_plan, print_table
+from lora_lab.schema.stopping import Stopping
 from lora_lab.study.table import settings_table
 
 
@@ -66,7 +67,7 @@ def _run(plan: Plan, tracker: WandbTracker, *, as_json: bool) -> int:
         print(f"{name}: running in another process; run the same command again for its result", file=sys.stderr)
     if tally.left_out:
         print(f"fail_fast: {tally.left_out} runs left out; the same command runs them", file=sys.stderr)
-    return _exit_code(records, expected=len(plan.jobs))
+    return _exit_code(records, plan.lab.launch.stopping, expected=len(plan.jobs))
 
 
 def _check_before_loading(plan: Plan, ledger: Ledger) -> None:
@@ -74,15 +75,15 @@ def _check_before_loading(plan: Plan, ledger: Ledger) -> None:
 
     Raises:
         InputError: a newer lab has written a run that is asked for.
-        MachineError: the device is not there, or the disk refuses.
+        MachineError: a device is not there, or the disk refuses.
     """
-    from lora_lab.launch.device import choose_device
+    from lora_lab.launch.device import choose_devices
 
     records = [record for job in plan.jobs if (record := ledger.find(job.fingerprint, job.repeat)) is not None]
     newer = [Problem("", str(record.problem)) for record in records if record.state == "NEWER"]
     if newer:
         raise InputError(newer)
-    choose_device(plan.lab.launch.device)
+    choose_devices(plan.lab.launch.device)
     ledger.prepare()
 
 
@@ -94,6 +95,11 @@ def _begin(plan: Plan) -> Path | None:
     return root if len(plan.jobs) > 1 else None
 
 
-def _exit_code(records: Sequence[RunRecord], *, expected: int) -> int:
-    done = [record for record in records if record.state == Status.COMPLETED]
+def _exit_code(records: Sequence[RunRecord], stopping: Stopping, *, expected: int) -> int:
+    """What the rule of this very call has stopped is done; a search that went as it was asked to has not failed."""
+    done = [
+        record
+        for record in records
+        if record.state == Status.COMPLETED or (record.state == Status.STOPPED and record.is_done_under(stopping))
+    ]
     return 0 if len(done) == expected else 3

@@ -28,6 +28,7 @@ from lora_lab.plan.folder import with_known_shape
 from lora_lab.plan.identity import base_identity, data_identities
 from lora_lab.plan.paths import existing
 from lora_lab.plan.steps import steps_of
+from lora_lab.plan.stopping import stopping_problems
 from lora_lab.schema.data import Data, JsonlData, SkillsData
 from lora_lab.schema.trial import LAB_KEYS, Lab, Trial, examine_trial, read_lab
 
@@ -160,10 +161,10 @@ def _read(
     found.add(problem for problem in of_lab if top(problem.where) not in point.doubtful)
     examined = examine_trial(of_trial, left_out=point.doubtful)
     found.add(examined.problems)
-    return lab, examined.trial if facts is None else _judge_sections(examined.trial, facts, found)
+    return lab, examined.trial if facts is None else _judge_sections(examined.trial, lab, facts, found)
 
 
-def _judge_sections(trial: Trial, facts: Facts, found: Findings) -> Trial:
+def _judge_sections(trial: Trial, lab: Lab | None, facts: Facts, found: Findings) -> Trial:
     has = trial.model_fields_set - {top(problem.where) for problem in found}
     if "model" in has:
         known = found.attempt(lambda: with_known_shape(trial))
@@ -176,7 +177,9 @@ def _judge_sections(trial: Trial, facts: Facts, found: Findings) -> Trial:
     if data is not None and "method" in has:
         found.add(group_problems(trial.method, facts.row_types(trial)))
     if data is not None and has >= _SECTIONS_OF_STEPS:
-        found.attempt(lambda: steps_of(trial, data[1]))
+        steps = found.attempt(lambda: steps_of(trial, data[1]))
+        if lab is not None and "evaluation" in has:
+            found.add(stopping_problems(lab.launch.stopping, trial, None if steps is None else steps.steps))
     if has >= _SECTIONS_OF_COUNTS:
         found.attempt(lambda: counts_of(trial))
     return trial

@@ -6,13 +6,16 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_lab.app.judgement import Facts, Findings, judge
 from lora_lab.app.request import Request
 from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.plan.cohorts import plan_cohorts
 from lora_lab.plan.job import Job, job_of
 from lora_lab.plan.row import PlanRow, plan_rows
 from lora_lab.plan.study_file import value_key
+from lora_lab.record.flat import dotted
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.parents import PARENT_ROLES, LedgerAsRead, parent_identities
 from lora_lab.schema.study import Study
@@ -69,7 +72,12 @@ def make_plan(request: Request) -> Plan:
     ]
     if request.study is not None and request.study.baseline:
         jobs = _baselines(jobs) + jobs
-    rows = plan_rows(jobs, done=ledger.finished())
+    launch = labs[0].launch
+    done = ledger.finished(launch.stopping)
+    # How many devices `auto` stands for only torch can tell: it is planned as one.
+    devices = len(launch.device) if isinstance(launch.device, tuple) else 1
+    cohorts = plan_cohorts(jobs, cohort=launch.cohort, done=done, devices=devices)
+    rows = plan_rows(jobs, done=done, cohorts=cohorts)
     unique = {(job.fingerprint, job.repeat): job for job in reversed(jobs)}
     return Plan(labs[0], request.study, tuple(reversed(unique.values())), tuple(rows), tuple(facts.notes))
 
@@ -104,14 +112,18 @@ def _job(trial: Trial, facts: Facts, lab: Lab, parents: dict[str, str], *, overr
 
 def _lab_problems(labs: Sequence[Lab]) -> list[Problem]:
     """Housekeeping that all points must share."""
-    first = labs[0]
+    first = _shared(labs[0])
     return [
-        Problem(key, f"must be the same for all points of a sweep, got {getattr(first, key)} and {getattr(lab, key)}")
-        for key in Lab.model_fields
-        if key not in _PER_POINT
+        Problem(key, f"must be the same for all points of a sweep, got {first.get(key)} and {value}")
         for lab in labs
-        if getattr(lab, key) != getattr(first, key)
+        if lab != labs[0]
+        for key, value in _shared(lab).items()
+        if value != first.get(key)
     ]
+
+
+def _shared(lab: Lab) -> dict[str, Any]:
+    return dotted(lab.model_dump(exclude=set(_PER_POINT)))
 
 
 def _metric_problems(request: Request, trials: Sequence[Trial]) -> list[Problem]:

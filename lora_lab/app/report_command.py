@@ -70,7 +70,7 @@ def _subject(asked: StudyRecord, ledger: Ledger) -> Subject:
         title=asked.name,
         question=asked.name if study is None else study.question,
         source=None if study is None else study.source,
-        planned=len(asked.run_ids),
+        planned=len({*asked.run_ids, *(record.run_id for record in asked.records(ledger))}),
         ledger=ledger.root,
     )
 

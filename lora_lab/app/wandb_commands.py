@@ -100,7 +100,7 @@ def _chosen(options: argparse.Namespace, ledger: Ledger) -> tuple[list[tuple[Run
         studies, records = known, ledger.runs()
     unique = {record.run_id: record for record in records}
     return [
-        (record, [study.name for study in known if run_id in study.run_ids]) for run_id, record in unique.items()
+        (record, [study.name for study in known if study.has(run_id)]) for run_id, record in unique.items()
     ], studies
 
 

@@ -1,7 +1,8 @@
-"""The device that runs, and what the record says of it."""
+"""The devices that run, and what the record says of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,19 @@ import torch
 from lora_lab.errors import InputError, MachineError, Problem
 
 
+def choose_devices(names: str | Sequence[str]) -> tuple[torch.device, ...]:
+    """The devices that get a process each. `auto` is every CUDA device there is, else the CPU.
+
+    Raises:
+        InputError, MachineError: as `choose_device`, for the first name that is wrong.
+    """
+    if names == "auto" and torch.cuda.device_count() > 1:
+        return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return tuple(map(choose_device, [names] if isinstance(names, str) else names))
+
+
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one.
+    """One device: `auto` is CUDA where there is one.
 
     Raises:
         InputError: for a name that is no device.

@@ -16,7 +16,10 @@ _STATUS = Path("/proc/self/status")
 
 
 class MemoryMeter:
-    """Peaks of named phases, in bytes, under `<phase>_peak_*_bytes`; what cannot be told apart is in `missing`."""
+    """Peaks of named phases, in bytes, under `<phase>_peak_*_bytes`; what cannot be told apart is in `missing`.
+
+    Of a phase that is entered several times it is the largest.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -36,14 +39,33 @@ class MemoryMeter:
 
     def _record(self, name: str, *, is_reset: bool) -> None:
         if self._device.type == "cuda":
-            self.measurements[f"{name}_peak_allocated_bytes"] = torch.cuda.max_memory_allocated(self._device)
-            self.measurements[f"{name}_peak_reserved_bytes"] = torch.cuda.max_memory_reserved(self._device)
+            self._keep(f"{name}_peak_allocated_bytes", torch.cuda.max_memory_allocated(self._device))
+            self._keep(f"{name}_peak_reserved_bytes", torch.cuda.max_memory_reserved(self._device))
         else:
             self.missing[f"{name}_peak_reserved_bytes"] = "only CUDA's allocator reserves memory"
         if is_reset:
-            self.measurements[f"{name}_peak_rss_bytes"] = _resident_peak()
+            self._keep(f"{name}_peak_rss_bytes", _resident_peak())
         else:
             self.missing[f"{name}_peak_rss_bytes"] = "this system keeps one peak for the whole process"
+
+    def _keep(self, name: str, peak: int) -> None:
+        self.measurements[name] = max(peak, self.measurements.get(name, 0))
+
+
+class Unmeasured:
+    """Stands where a meter would, of who shares its memory with others: nothing is measured, and `why` is said."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+        self.measurements: dict[str, int] = {}
+        self.missing: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Runs the block."""
+        kinds = ("allocated", "reserved", "rss")
+        self.missing |= {f"{name}_peak_{kind}_bytes": self._why for kind in kinds}
+        yield
 
 
 def memory_now(device: torch.device) -> dict[str, int]:

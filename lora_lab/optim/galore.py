@@ -18,7 +18,6 @@ rounding alone (in how a batch is split) may part at a renewal.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from lora_lab.errors import InputError, Problem
+from lora_lab.optim.states import State, put_states
 
 Side = Literal["std", "reverse_std", "left", "right", "full"]
 # What of a matrix's state is not the inner optimizer's.
@@ -52,13 +54,22 @@ class Projection:
             return self.rank, self.rank
         return (self.rank, shape[1]) if self.is_left(shape) else (shape[0], self.rank)
 
+    def basis_shapes(self, shape: torch.Size) -> dict[str, tuple[int, int]]:
+        """The shapes of `basis` for a matrix of this shape."""
+        both = {"left": (shape[0], self.rank), "right": (self.rank, shape[1])}
+        return {name: both[name] for name in self._sides(shape)}
+
     def basis(self, gradient: Tensor) -> dict[str, Tensor]:
         """`left` [rows, rank] and `right` [rank, columns], what the side asks for; SVD in float32 or wider."""
         wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         u, _, vh = torch.linalg.svd(wide, full_matrices=False)
         both = {"left": u[:, : self.rank], "right": vh[: self.rank]}
-        wanted = ("left", "right") if self.side == "full" else ("left",) if self.is_left(gradient.shape) else ("right",)
-        return {name: both[name].to(gradient.dtype).contiguous() for name in wanted}
+        return {name: both[name].to(gradient.dtype).contiguous() for name in self._sides(gradient.shape)}
+
+    def _sides(self, shape: torch.Size) -> tuple[str, ...]:
+        if self.side == "full":
+            return ("left", "right")
+        return ("left",) if self.is_left(shape) else ("right",)
 
 
 def down(gradient: Tensor, basis: Mapping[str, Tensor]) -> Tensor:
@@ -142,26 +153,48 @@ class GaLore(torch.optim.Optimizer):
                 own = self._inner.state.get(parameter if stand_in is None else stand_in)
                 self.state[parameter].update(own or {})
 
+    def put_states(self, states: Mapping[nn.Parameter, State], names: Mapping[nn.Parameter, str]) -> None:
+        """Bases and counts, and the states of the optimizer inside; see `optim.states.put_states`."""
+        own: dict[nn.Parameter, dict[str, Any]] = {}
+        rest: dict[nn.Parameter, dict[str, Any]] = {}
+        for parameter, state in states.items():
+            own[parameter] = {key: _copied(state[key], parameter) for key in _OWN_STATE if key in state}
+            inside = {key: value for key, value in state.items() if key not in _OWN_STATE}
+            if inside:
+                rest[self._stand_ins.get(parameter, parameter)] = inside
+        if problems := [problem for one in own for problem in self._misfits(one, own[one], names[one])]:
+            raise InputError(problems)
+        inner_names = {self._stand_ins.get(one, one): name for one, name in names.items()}
+        put_states(self._inner, rest, inner_names)
+        for parameter, kept in own.items():
+            self.state[parameter] = kept
+        self._show_states()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a state of `state_dict()`: bases, counts, and the states of the optimizer inside."""
         super().load_state_dict(state_dict)
-        # torch has cast every state to its parameter's dtype, which 8-bit states do not survive.
-        saved = copy.deepcopy(state_dict["state"])
+        self.state.clear()  # torch has cast every state to its parameter's dtype, which 8-bit states do not survive
+        self._inner.state.clear()
         keys = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for key, parameter in zip(keys, [one for group in self.param_groups for one in group["params"]], strict=True):
-            self.state[parameter] = {
-                name: _placed(name, value, parameter) for name, value in saved.get(key, {}).items()
-            }
-            own = {key: value for key, value in self.state[parameter].items() if key not in _OWN_STATE}
-            if own:
-                self._inner.state[self._stand_ins.get(parameter, parameter)] = own
+        parameters = [one for group in self.param_groups for one in group["params"]]
+        saved = {one: state_dict["state"].get(key) for key, one in zip(keys, parameters, strict=True)}
+        names = {one: f"parameter {index}" for index, one in enumerate(parameters)}
+        self.put_states({one: state for one, state in saved.items() if state}, names)
         for group, own in zip(self.param_groups, self._inner.param_groups, strict=True):
             own["lr"] = group["lr"]
 
+    def _misfits(self, parameter: nn.Parameter, own: Mapping[str, Any], name: str) -> list[Problem]:
+        if parameter not in self._stand_ins:
+            return [Problem(name, "has a basis and is not projected here")] if own else []
+        if "projections" not in own:
+            return [Problem(name, "has no basis and is projected here")]
+        found = {key: tuple(one.shape) for key, one in _basis_of(own).items()}
+        wanted = self._projection.basis_shapes(parameter.shape)
+        return [] if found == wanted else [Problem(name, f"bases of sizes {found}, here they are {wanted}")]
 
-def _placed(name: str, value: Any, parameter: nn.Parameter) -> Any:
-    """A state on its parameter's device; torch's step counters stay where they are."""
-    return value.to(parameter.device) if isinstance(value, Tensor) and name != "step" else value
+
+def _copied(value: Any, parameter: nn.Parameter) -> Any:
+    return value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
 
 
 def _basis_of(state: Mapping[str, Any]) -> dict[str, Tensor]:

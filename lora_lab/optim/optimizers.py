@@ -19,8 +19,9 @@ Parameters = list[dict[str, Any]]
 
 
 def _adamw(settings: Adam, parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+    # Fused: one call for all tensors instead of a dozen for each.
     return torch.optim.AdamW(
-        parameters, lr=rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        parameters, lr=rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True
     )
 
 
@@ -31,6 +32,7 @@ def _sgd(settings: Sgd, parameters: Parameters, rate: float) -> torch.optim.Opti
         momentum=settings.momentum,
         nesterov=settings.nesterov,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
 
 

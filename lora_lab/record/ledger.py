@@ -3,8 +3,10 @@
 ROOT/runs/<16 digits of the fingerprint>[.rN]/
     trial.json  overrides.json  environment.json    written when the run is claimed
     steps.jsonl  eval/  adapter/                    written by the run
+    checkpoint/                                     state of the training while it lasts (record.checkpoint)
     result.json                                     written last
-    attempts/N/                                     earlier attempts without a final result
+    attempts/N/                                     earlier attempts without a final result; the run goes on from the
+                                                    newest checkpoint in them
     lock                                            the lease of the process at work
 """
 
@@ -22,6 +24,7 @@ from lora_lab.record.run_folder import RunFolder, begin_attempt, refuse_other_tr
 from lora_lab.record.run_record import HEADER_SCHEMA_VERSION, RunRecord, read_record
 from lora_lab.schema.fingerprint import NUMERICS_VERSION
 from lora_lab.schema.labels import check_label
+from lora_lab.schema.stopping import Stopping
 
 __all__ = ["Ledger", "RunRecord", "run_id_of"]
 
@@ -38,7 +41,7 @@ def run_id_of(fingerprint: str, repeat: int) -> str:
 
 
 class Ledger:
-    """All runs under a root folder. Reading never writes; nothing is ever deleted."""
+    """All runs under a root folder. Reading never writes; nothing but checkpoints is ever deleted."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -70,18 +73,21 @@ class Ledger:
         overrides: Sequence[str],
         environment: Mapping[str, Any],
         tag: str | None = None,
+        stopping: Stopping | None = None,
     ) -> RunFolder | None:
         """The run's folder, held by this process until closed; None where there is nothing to do here.
 
         None means that the run is done, or that another process is at it: `find` tells which, and who. Files of an
-        earlier attempt that did not end are moved to `attempts/N/`.
+        earlier attempt that did not end are moved to `attempts/N/`, its checkpoint with them (`RunFolder.resumable`).
+        stopping: the rule of the search; a run that it has stopped is done. With None a run that any rule has stopped
+        is taken up again.
 
         Raises:
             InputError: the folder was written by a newer lab.
             MachineError: the disk refuses.
         """
         folder = self.runs_folder / run_id_of(fingerprint, repeat)
-        if folder.is_dir() and _is_settled(folder):
+        if folder.is_dir() and _is_settled(folder, stopping):
             return None
         make_folder(folder)
         held = lease.take(folder / run_record.LOCK_FILE)
@@ -89,7 +95,7 @@ class Ledger:
             return None
         try:
             refuse_other_trial(folder / run_record.TRIAL_FILE, fingerprint)
-            if _is_settled(folder):  # settled between the first look and the lease
+            if _is_settled(folder, stopping):  # settled between the first look and the lease
                 held.release()
                 return None
             header = {
@@ -117,9 +123,10 @@ class Ledger:
         folder = self.runs_folder / run_id_of(fingerprint, repeat)
         return read_record(folder) if folder.is_dir() and _has_begun(folder) else None
 
-    def finished(self) -> set[tuple[str, int]]:
-        """(fingerprint, repeat) of every run that need not be run again."""
-        done = [record.header for record in self.runs() if record.is_done and record.header is not None]
+    def finished(self, stopping: Stopping) -> set[tuple[str, int]]:
+        """(fingerprint, repeat) of every run that a search with this rule need not run again."""
+        records = [record for record in self.runs() if record.is_done_under(stopping)]
+        done = [record.header for record in records if record.header is not None]
         return {(header.fingerprint, header.repeat) for header in done}
 
     def runs(self) -> list[RunRecord]:
@@ -159,11 +166,11 @@ class Ledger:
         raise InputError(Problem("run", f'no run "{name}" under {self.root}{_nearest_run(name, records)}'))
 
 
-def _is_settled(folder: Path) -> bool:
+def _is_settled(folder: Path, stopping: Stopping | None) -> bool:
     record = read_record(folder)
     if record.state == "NEWER":
         raise InputError(Problem("", str(record.problem)))
-    return record.is_done
+    return record.is_done if stopping is None else record.is_done_under(stopping)
 
 
 def _has_begun(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from lora_lab.record.atomic import read_json, write_text
 from lora_lab.record.card_identity import identity_rows, model_name, setting_text
 from lora_lab.record.card_metadata import data_name, front_matter, is_score
 from lora_lab.record.card_snippet import Saved, loading
+from lora_lab.record.cohort_facts import SHARED, cohort_of
 from lora_lab.record.ledger import ID_DIGITS, Ledger
 from lora_lab.record.markdown import code, prose, table
 from lora_lab.record.parents import PARENT_ROLES, WEIGHTS, weights_chain
@@ -47,6 +48,10 @@ _MEANINGS = {
     "adapter_file_bytes": "size of the adapter on disk",
     "model_file_bytes": "size of the model on disk",
     "changed_file_bytes": "size of the trained weights on disk",
+    f"{SHARED}train_seconds": "training of the whole cohort, shared by its runs",
+    f"{SHARED}wall_seconds": "the whole cohort up to the end of this run",
+    f"{SHARED}tokens_per_second": "training speed of the whole cohort, tokens without padding per second",
+    f"{SHARED}peak_allocated_bytes": "peak of allocated memory in training, of the whole cohort",
     "load_average_before": "1-minute load average before the run",
     "load_average_after": "1-minute load average after the run",
 }
@@ -214,6 +219,9 @@ def _with_interval(value: float, half_width: float) -> str:
 
 
 def _cost(result: Result, environment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if (cohort := cohort_of(result)) is not None:
+        others = len(set(cohort.members) - {result.run_id})
+        yield "trained together with", f"{others} other runs, in cohort {code(cohort.id)} of {cohort.seats} seats"
     for name, meaning in _MEANINGS.items():
         if name in result.measurements:
             yield meaning, _measured(name, result.measurements[name])

@@ -11,18 +11,28 @@ RESULT_SCHEMA_VERSION = 1
 
 
 class Status(enum.StrEnum):
-    """How a run ended. All but FAILED and INTERRUPTED are answers; those two and OUT_OF_MEMORY are tried again."""
+    """How a run ended. All but FAILED and INTERRUPTED are answers; those two and OUT_OF_MEMORY are tried again.
+
+    STOPPED: the rule of a search has ended it before its last step (`launch.stopping`). That is an answer under this
+    rule only (`RunRecord.is_done_under`); under another one, or none, the run goes on from its checkpoint.
+    """
 
     COMPLETED = "COMPLETED"
     DIVERGED = "DIVERGED"
+    STOPPED = "STOPPED"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     INTERRUPTED = "INTERRUPTED"
     FAILED = "FAILED"
 
     @property
     def is_final(self) -> bool:
-        """Whether the same trial need not be run again."""
+        """Whether the same trial need not be run again, whatever the rule of the search."""
         return self in (Status.COMPLETED, Status.DIVERGED)
+
+    @property
+    def is_retried(self) -> bool:
+        """Whether the same command tries the trial again: it has no answer, and might have one next time."""
+        return self in (Status.OUT_OF_MEMORY, Status.INTERRUPTED, Status.FAILED)
 
 
 class _Record(BaseModel):

@@ -8,9 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lora_lab.errors import DataError, MachineError, Problem
+from lora_lab.errors import DataError, LabError, MachineError, Problem
 from lora_lab.record import run_record
 from lora_lab.record.atomic import disk_error, make_folder, read_json, sync_folder, sync_tree, write_json
+from lora_lab.record.checkpoint import CHECKPOINT_FOLDER, is_complete, remove_checkpoint
 from lora_lab.record.lease import Lease
 from lora_lab.record.result import Result
 from lora_lab.record.run_record import RunHeader, earlier_attempts
@@ -70,6 +71,51 @@ class RunFolder:
     def layers_path(self) -> Path:
         """Where the log of layers and routers goes."""
         return self.path / run_record.LAYERS_FILE
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the state of the training goes while it lasts; not made here."""
+        return self.path / CHECKPOINT_FOLDER
+
+    def resumable(self) -> Path | None:
+        """The newest checkpoint of the attempts put aside that this attempt may go on from; None where there is none.
+
+        One that is complete and undamaged, of the same trial and the same arithmetic. An attempt that did not get to
+        write one hides none of an attempt before it. The logs up to its step lie beside it.
+        """
+        for number in reversed(earlier_attempts(self.path)):
+            attempt = self.path / run_record.ATTEMPTS_FOLDER / str(number)
+            checkpoint = attempt / CHECKPOINT_FOLDER
+            if self._is_alike(attempt / run_record.TRIAL_FILE) and is_complete(checkpoint):
+                return checkpoint
+        return None
+
+    def _is_alike(self, path: Path) -> bool:
+        """Whether the attempt of a `trial.json` is at the same trial with the same arithmetic."""
+        try:
+            found = read_json(path)
+            said = (found["fingerprint"], found["numerics_version"])
+        except (LabError, KeyError, TypeError):
+            return False
+        return said == (self.header.fingerprint, self.header.numerics_version)
+
+    def drop_checkpoints(self) -> None:
+        """Removes all checkpoints of the run, once its result is final; after a crash on the way the rest is no harm.
+
+        Raises:
+            MachineError: the disk refuses.
+        """
+        self.drop_earlier_checkpoints()
+        remove_checkpoint(self.checkpoint_folder)
+
+    def drop_earlier_checkpoints(self) -> None:
+        """Removes those of attempts put aside, of which none is needed once this attempt has written its own.
+
+        Raises:
+            MachineError: the disk refuses.
+        """
+        for number in earlier_attempts(self.path):
+            remove_checkpoint(self.path / run_record.ATTEMPTS_FOLDER / str(number) / CHECKPOINT_FOLDER)
 
     @property
     def ledger_root(self) -> Path:

@@ -12,11 +12,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lora_lab.errors import LabError
+from lora_lab.plan.stopping import was_stopped_by
 from lora_lab.record import lease
 from lora_lab.record.atomic import bytes_if_there, parse_json
 from lora_lab.record.lease import Owner
 from lora_lab.record.result import RESULT_SCHEMA_VERSION, Result, Status
 from lora_lab.schema.fingerprint import NUMERICS_VERSION
+from lora_lab.schema.stopping import Stopping
 
 HEADER_SCHEMA_VERSION = 1
 
@@ -104,6 +106,18 @@ class RunRecord:
             and self.result.numerics_version == NUMERICS_VERSION
             and self.state == self.result.status
         )
+
+    def is_done_under(self, stopping: Stopping) -> bool:
+        """Whether a search with this rule need not run the trial again: it is done, or this very rule, its settings
+        included, has stopped it. What else was stopped goes on.
+
+        A stopped run is judged by its result, not its state: who asks may hold the run already.
+        """
+        result = self.result
+        if result is None or result.status != Status.STOPPED:
+            return self.is_done
+        is_whole = self.header is not None and result.numerics_version == NUMERICS_VERSION
+        return is_whole and was_stopped_by(stopping, result.facts)
 
     @property
     def numerics_version(self) -> int | None:

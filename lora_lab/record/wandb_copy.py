@@ -1,8 +1,9 @@
 """The process that talks to W&B; the one file that imports wandb. `wandb_process.py` starts it and feeds it.
 
-It reads one JSON object per line from standard input: first the settings, then items (`start`, `row`, `finish`); it
-answers on standard output with what it has done or what went wrong. What wandb prints goes nowhere. It sees neither
-the command line nor the memory of the training process, and when that process dies it ends the runs that are open.
+It reads one JSON object per line from standard input: first the settings, then items (`start`, `configure`, `row`,
+`finish`); it answers on standard output with what it has done or what went wrong. What wandb prints goes nowhere. It
+sees neither the command line nor the memory of the training process, and when that process dies it ends the runs that
+are open.
 
 Rows are never sent twice. A run's rows come in a fixed order, W&B counts the rows it has, and a run that is already
 there is resumed: as many rows as it has are passed over. Offline, an earlier folder of the same run is replaced.
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_lab.record.wandb_mapping import AXES
+from lora_lab.record.wandb_mapping import AXES, COHORT_KEY
 
 # In a run's folder: the lab has written it, and may replace it.
 MARKER_FILE = "lora_lab.json"
@@ -65,6 +66,9 @@ class Copy:
         if item["do"] == "row":
             self._log(run, item["values"])
             return None
+        if item["do"] == "configure":
+            run.handle.config.update(item["values"], allow_val_change=True)
+            return None
         return self._finish(run, item)
 
     def give_up(self, run_id: str) -> None:
@@ -100,6 +104,8 @@ class Copy:
         )
         Path(handle.dir).parent.joinpath(MARKER_FILE).write_text(json.dumps({"run_id": run["id"]}) + "\n")
         handle.config.update(run["config"], allow_val_change=True)  # a resumed run has its old ones
+        if COHORT_KEY in handle.config and COHORT_KEY not in run["config"]:  # this time it may be alone
+            handle.config.update({COHORT_KEY: None}, allow_val_change=True)
         for name, axis, is_summed in AXES:
             kept = None if is_summed else "none"
             handle.define_metric(name, step_metric=axis, step_sync=False, summary=kept, hidden=axis is None)

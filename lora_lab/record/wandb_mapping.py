@@ -1,8 +1,9 @@
 """What of a run goes into W&B, and under which names. Plain values in, plain values out; nothing here knows wandb.
 
 Every series has an axis of its own: `train/*` and `memory/*` are drawn over `train/step`, `eval/*` over `eval/step`,
-both counted in optimizer steps. A score's standard error stands beside it as `eval/TASK/METRIC_stderr`. What was not
-measured, or is not finite, has no key. Text passes `redacted` before it leaves the process.
+both counted in optimizer steps. What the runs of a cohort share stands under `cohort/*` and nowhere else. A score's
+standard error stands beside it as `eval/TASK/METRIC_stderr`. What was not measured, or is not finite, has no key. Text
+passes `redacted` before it leaves the process.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lora_lab.plan.readable import without_seed
+from lora_lab.record.cohort_facts import SHARED, CohortFacts
 from lora_lab.record.environment import without_user_info
 from lora_lab.record.parents import START
 from lora_lab.record.result import Result, Status
@@ -27,6 +29,7 @@ AXES = (
     ("eval/step", None, False),
     ("train/*", "train/step", False),
     ("memory/*", "train/step", False),
+    ("cohort/*", "train/step", False),
     ("eval/*", "eval/step", True),
 )
 # Key of the step log -> key in W&B. Losses beside the language model's (`load_balancing_loss`) keep their names.
@@ -39,20 +42,22 @@ _SERIES = {
     "rss_bytes": "memory/rss_bytes",
 }
 _AUXILIARY = "_loss"
-_OF_TRAINING = "train/"
+_OF_TRAINING, _OF_COHORT = "train/", "cohort/"
 _LONGEST_TAG = 64
 _SETTING_DIGITS = 8
 _SECRET_NAME = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 # A shorter value would take innocent words with it.
 _SHORTEST_SECRET = 8
 TABLE_KEY = "settings"
+# In the configuration of a run: the cohort it is trained in.
+COHORT_KEY = "cohort"
 
 
-def run_start(header: RunHeader, studies: Sequence[str]) -> dict[str, Any]:
+def run_start(header: RunHeader, studies: Sequence[str], cohort: CohortFacts | None = None) -> dict[str, Any]:
     """Identity and configuration of a run: the arguments of `wandb.init`, by its names.
 
     The id is the ledger's, so that a run tried again is the same run. The group is the setting: its readable name and
-    the first digits of its fingerprint, without the seed.
+    the first digits of its fingerprint, without the seed. `cohort`: that in which it was trained, as far as is known.
     """
     trial = header.trial
     bare = without_seed(header.name)
@@ -63,8 +68,17 @@ def run_start(header: RunHeader, studies: Sequence[str]) -> dict[str, Any]:
         "group": f"{bare}-{header.setting[:_SETTING_DIGITS]}",
         "job_type": "baseline" if method == "base" else "train",
         "tags": _tags([method, model, *(["stage"] if START in header.identities else []), *studies, header.tag]),
-        "config": {**trial, "lab": _identity(header, studies)},
+        "config": {
+            **trial,
+            "lab": _identity(header, studies),
+            **({} if cohort is None else cohort_config(cohort.id, cohort.seats)),
+        },
     }
+
+
+def cohort_config(cohort_id: str, seats: int) -> dict[str, Any]:
+    """What the configuration of a run says of the cohort it is trained in: `cohort.id`, `cohort.seats`."""
+    return {COHORT_KEY: {"id": cohort_id, "seats": seats}}
 
 
 def _tags(texts: Sequence[str | None]) -> list[str]:
@@ -89,10 +103,15 @@ def step_row(values: Mapping[str, Any]) -> dict[str, float | int]:
             row[key] = value
     auxiliary = {name: value for name, value in values.items() if name.endswith(_AUXILIARY) and is_number(value)}
     row |= {f"{_OF_TRAINING}{name}": value for name, value in auxiliary.items()}
+    row |= {_shared_key(name): value for name, value in values.items() if name.startswith(SHARED) and is_number(value)}
     tokens, seconds = values.get("tokens"), values.get("seconds")
     if is_number(tokens) and is_number(seconds) and seconds > 0:
         row["train/tokens_per_second"] = tokens / seconds
     return row
+
+
+def _shared_key(name: str) -> str:
+    return _OF_COHORT + name.removeprefix(SHARED)
 
 
 def is_number(value: object) -> TypeGuard[float | int]:
@@ -114,7 +133,8 @@ def score_row(result: Result | None) -> dict[str, float | int] | None:
 
 
 def summary_of(header: RunHeader, result: Result | None, *, state: str) -> dict[str, Any]:
-    """The final numbers. Bytes, seconds, counts and reasons have the names they have in `result.json`.
+    """The final numbers. Bytes, seconds, counts and reasons have the names they have in `result.json`, but for what the
+    runs of a cohort share: that is under `cohort/`.
 
     `state` stands where there is no result: the process was killed.
     """
@@ -134,7 +154,7 @@ def summary_of(header: RunHeader, result: Result | None, *, state: str) -> dict[
         "started_at": result.started_at,
         "finished_at": result.finished_at,
         **{name: value for name, value in {**counts, **texts}.items() if value is not None},
-        **result.measurements,
+        **{_shared_key(name) if name.startswith(SHARED) else name: one for name, one in result.measurements.items()},
         **trained,
         **{name: value for name, value in scores.items() if name != "eval/step"},
         "missing": result.missing,
@@ -143,8 +163,8 @@ def summary_of(header: RunHeader, result: Result | None, *, state: str) -> dict[
 
 
 def exit_code(result: Result | None) -> int:
-    """0 for a completed run; W&B shows every other as failed."""
-    return 0 if result is not None and result.status == Status.COMPLETED else 1
+    """0 for a run that completed or that its search stopped early; W&B shows every other as failed."""
+    return 0 if result is not None and result.status in (Status.COMPLETED, Status.STOPPED) else 1
 
 
 def artifacts_of(header: RunHeader, folder: Path) -> list[dict[str, Any]]:
@@ -218,10 +238,13 @@ def _cell(cell: Mapping[str, Any] | None) -> tuple[float | None, float | None, f
 def study_summary(table: Mapping[str, Any]) -> dict[str, Any]:
     """The counts of a study. Verdicts on its claims belong here as well, under `verdicts`, once a study gives them."""
     rows = table["rows"]
+    stopped = sum(row["statuses"].get(Status.STOPPED.value, 0) for row in rows)
     return {
         "setting_count": len(rows),  # the table itself stands under TABLE_KEY
         "run_count": sum(row["runs"] for row in rows),
         "completed_count": sum(row["completed"] for row in rows),
+        "not_alone": table["not_alone"],
+        **({"stopped_count": stopped} if stopped else {}),
         "problems": list(table["problems"]),
     }
 

@@ -110,6 +110,10 @@ class CopyProcess:
         """A row of the run's history."""
         self._put({"do": "row", "id": run_id, "values": dict(values)})
 
+    def configure(self, run_id: str, values: Mapping[str, Any]) -> None:
+        """Keys of the run's configuration that were not known when it began."""
+        self._put({"do": "configure", "id": run_id, "values": dict(values)})
+
     def finish_run(
         self,
         run_id: str,

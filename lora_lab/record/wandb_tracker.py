@@ -15,11 +15,13 @@ from types import TracebackType
 from typing import Any
 
 from lora_lab.errors import DataError, MachineError
+from lora_lab.record.cohort_facts import cohort_of
 from lora_lab.record.result import Result
 from lora_lab.record.run_record import RunHeader, RunRecord
 from lora_lab.record.step_log import read_steps
 from lora_lab.record.wandb_mapping import (
     artifacts_of,
+    cohort_config,
     exit_code,
     redacted,
     run_start,
@@ -32,7 +34,7 @@ from lora_lab.record.wandb_mapping import (
     summary_of,
 )
 from lora_lab.record.wandb_process import CopyProcess, Destination
-from lora_lab.record.watcher import StepValues
+from lora_lab.record.watcher import CohortView, StepValues
 from lora_lab.schema.tracking import Tracking, WandbTracking
 
 _LONGEST_REASON = 200
@@ -52,6 +54,7 @@ class WandbTracker:
         self._secrets = secrets_in(os.environ)
         self._process: CopyProcess | None = None
         self._has_warned = False
+        self._cohorts: dict[str, str] = {}  # run -> the cohort that its configuration names
 
     def __enter__(self) -> WandbTracker:
         return self
@@ -74,6 +77,7 @@ class WandbTracker:
 
     def run_started(self, header: RunHeader, folder: Path, *, steps: int) -> None:
         """Opens the run; one that is tried again goes on under its id."""
+        self._cohorts.pop(header.run_id, None)
         self._tell(lambda process: process.start_run(redacted(run_start(header, self._studies), self._secrets)))
 
     def phase(self, run_id: str, text: str) -> None:
@@ -83,8 +87,20 @@ class WandbTracker:
         """A row of the run's history."""
         self._tell(lambda process: process.row(run_id, step_row({**values, "step": step})))
 
+    def cohort(self, cohort_id: str, view: CohortView) -> None:
+        """Its id and size go into the configuration of runs that are new in it; the rest is in their rows."""
+        for member in view.members:
+            self._join(member.run_id, cohort_id, view.seats)
+
+    def _join(self, run_id: str, cohort_id: str, seats: int) -> None:
+        if self._cohorts.get(run_id) != cohort_id:
+            self._cohorts[run_id] = cohort_id
+            self._tell(lambda process: process.configure(run_id, cohort_config(cohort_id, seats)))
+
     def run_finished(self, header: RunHeader, folder: Path, result: Result) -> None:
         """Scores and summary."""
+        if (cohort := cohort_of(result)) is not None:
+            self._join(header.run_id, cohort.id, cohort.seats)
         state, secrets = result.status.value, self._secrets
         self._tell(lambda process: finish_run(process, header, folder, result, state=state, secrets=secrets))
 
@@ -153,7 +169,7 @@ def send_run(process: CopyProcess, record: RunRecord, studies: Sequence[str], *,
         steps = read_steps(record.steps_path) if record.steps_path.exists() else []
     except (DataError, MachineError) as error:
         return str(error)
-    process.start_run(redacted(run_start(header, studies), secrets))
+    process.start_run(redacted(run_start(header, studies, cohort_of(record.result)), secrets))
     for line in steps:
         process.row(header.run_id, step_row(line))
     finish_run(process, header, record.folder, record.result, state=str(record.state), secrets=secrets)

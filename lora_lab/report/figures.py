@@ -30,12 +30,22 @@ _SUFFIX = {"peak_allocated_bytes": "B", "train_seconds": "s", "trainable_paramet
 _LABEL_LIMIT = 40
 _CLEAR_CURVES, _SHOWN_CURVES = 8, 6  # so many bands can be told apart; of more, so many are shown at first
 _FEW = 10  # settings whose names fit beside their points
+_MOST_REASONS = 3
 _DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 def missing_figure(reason: str) -> Figure:
     """In the place of a figure: why there is none."""
     return {"missing": reason}
+
+
+def drawable(figure: Figure) -> Figure:
+    """For `plotly.graph_objects`: a figure that is missing becomes an empty one that says why."""
+    if "data" in figure:
+        return figure
+    told = {"text": escaped(clean(figure["missing"])), "showarrow": False}
+    hidden = {"visible": False}
+    return {"data": [], "layout": {"annotations": [told], "xaxis": hidden, "yaxis": hidden}}
 
 
 def learning_curves(curves: Sequence[SettingCurve], colours: Mapping[str, str], *, title: str) -> Figure:
@@ -106,7 +116,10 @@ def score_against_cost(
     rows = {row.setting: row for row in table.rows}
     points = [(point, rows[point.setting]) for point in front.points]
     if not points:
-        return missing_figure(f"no setting has both {column.name} and {COST_TITLES[cost]}")
+        why = "; ".join(list(dict.fromkeys(front.missing.values()))[:_MOST_REASONS])
+        return missing_figure(
+            f"no setting has both {column.name} and {COST_TITLES[cost]}" + (f" ({why})" if why else "")
+        )
     write = {key: text for key, _, text in COSTS}[cost]
     on_front = sorted(((p.cost, p.score) for p, _ in points if p.on_front), key=lambda pair: pair[0])
     halves = [0.0 if (i := row.cells[column.name].interval) is None else i.half_width for _, row in points]
@@ -150,7 +163,7 @@ def heat_map(table: SettingsTable, axes: SweptAxes, column: MetricColumn, x: str
     groups: dict[tuple[str, str], list[float]] = {}
     for row in table.rows:
         values, mean = axes.settings.get(row.setting, {}), row.cells[column.name].mean
-        if x in values and y in values and mean is not None:
+        if x in values and y in values and mean is not None and row.incomparable is None:
             groups.setdefault((value_text(values[x]), value_text(values[y])), []).append(mean)
     if not groups:
         return missing_figure(f"no setting has {x}, {y} and {column.name}")

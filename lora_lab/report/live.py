@@ -16,14 +16,17 @@ from rich.segment import ControlType, Segment
 from rich.text import Text
 
 from lora_lab.report.run_rows import run_rows, shortened, state_style, whole_seconds
-from lora_lab.report.sweep import RunView, SweepView
-from lora_lab.report.text import clean, encodable
+from lora_lab.report.sweep_view import CohortState, RunView, SweepView
+from lora_lab.report.text import bytes_text, clean, encodable, number_text
 
 _FRAMES_PER_SECOND = 2
 # From this height on, the last failures are told below the table.
 _HIGH = 16
 # Lines that hold no run: the cursor's after the last, an empty one, the head of the table.
 _FRAME_LINES = 3
+# Rows that are kept for runs, however many cohorts there are.
+_LEAST_ROWS = 2
+_MEMORY_WORDS = {"rss_bytes": "RSS", "allocated_bytes": "allocated"}
 
 
 class LiveTable(Live):
@@ -79,15 +82,20 @@ def draw(view: SweepView, *, width: int, height: int, encoding: str) -> Renderab
     """
     head = _packed(_summary(view), width)
     failures = view.failures if height >= _HIGH else ()
-    runs, hidden = _chosen(view, max(height - _FRAME_LINES - len(head) - len(failures), 0))
+    room = max(height - _FRAME_LINES - len(head) - len(failures), 0)
+    told, untold = _cohort_lines(view.cohorts, width, max(room - _LEAST_ROWS, 0))
+    runs, hidden = _chosen(view, room - len(told) - (untold > 0))
     parts: list[RenderableType] = [Text(line, style="bold", no_wrap=True) for line in head]
+    parts += [Text(encodable(line, encoding), style="cyan", no_wrap=True) for line in told]
+    if untold:
+        parts.append(Text(f"and {untold} more cohorts", style="dim", no_wrap=True))
     if runs:
         parts.append(run_rows(runs, width=width, encoding=encoding))
     if hidden:
         parts.append(Text(f"and {hidden} more running", style="dim", no_wrap=True))
     for run in failures:
-        told = encodable(clean(f"{run.name} {run.state}: {first_line(run.reason)}"), encoding)
-        parts.append(Text(shortened(told, width, encoding, keep_end=False), style=state_style(run), no_wrap=True))
+        reason = encodable(clean(f"{run.name} {run.state}: {first_line(run.reason)}"), encoding)
+        parts.append(Text(shortened(reason, width, encoding, keep_end=False), style=state_style(run), no_wrap=True))
     return Group(*parts, "")
 
 
@@ -99,6 +107,42 @@ def first_line(reason: str | None) -> str:
 def left_text(seconds: float) -> str:
     """`about 40 s`, `about 3 min 05 s`."""
     return f"about {whole_seconds(seconds)}"
+
+
+def cohort_parts(cohort: CohortState, *, with_progress: bool = True) -> list[str]:
+    """What a cohort is at, in words. with_progress: how far its runs are and their losses, which a table of them shows
+    anyway."""
+    parts = [f"cohort {clean(cohort.id)}: {cohort.seated} of {cohort.seats} seats"]
+    if cohort.waiting:
+        parts.append(f"{cohort.waiting} waiting")
+    losses = [run.loss for run in cohort.members if run.loss is not None]
+    if with_progress and cohort.shares is not None:
+        parts.append(f"{_range([f'{share:.0%}' for share in cohort.shares])} of the steps")
+    if with_progress and losses:
+        parts.append(f"loss {_range([number_text(min(losses)), number_text(max(losses))])}")
+    if cohort.tokens_per_second is not None:
+        parts.append(f"{cohort.tokens_per_second:,.0f} tokens/s")
+    if cohort.memory_bytes is not None:
+        parts.append(f"{bytes_text(cohort.memory_bytes)} {_MEMORY_WORDS.get(cohort.memory_key or '', '')}".rstrip())
+    if cohort.training_seconds_left is not None:
+        parts.append(f"{left_text(cohort.training_seconds_left)} of training left")
+    return parts
+
+
+def _range(ends: Sequence[str]) -> str:
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
+def _cohort_lines(cohorts: Sequence[CohortState], width: int, room: int) -> tuple[list[str], int]:
+    """The lines of as many cohorts as have room, and how many have none."""
+    lines: list[str] = []
+    for index, cohort in enumerate(cohorts):
+        more = _packed(cohort_parts(cohort, with_progress=False), width)
+        is_last = index + 1 == len(cohorts)
+        if len(lines) + len(more) + (not is_last) > room:
+            return lines, len(cohorts) - index
+        lines += more
+    return lines, 0
 
 
 def _summary(view: SweepView) -> list[str]:

@@ -24,10 +24,12 @@ from markupsafe import Markup
 from lora_lab import __version__
 from lora_lab.record.atomic import write_text
 from lora_lab.record.environment import utc_now
+from lora_lab.report.cohort_words import alone_sentences
+from lora_lab.report.page_cohorts import cohorts_view
 from lora_lab.report.page_figures import families
 from lora_lab.report.page_layers import routing_view
 from lora_lab.report.page_ranking import ranking_view
-from lora_lab.report.page_runs import run_blocks, run_columns, run_rows
+from lora_lab.report.page_runs import run_blocks, run_columns, run_notes, run_rows
 from lora_lab.report.page_settings import settings_data, table_view
 from lora_lab.report.page_words import METHOD, effects_view, facts, sections
 from lora_lab.report.sentence import answer_sentence
@@ -65,7 +67,9 @@ def draw_page(subject: Subject, findings: Findings, *, folder: Path) -> str:
     folders = {record.run_id: _link(record.folder, folder) for record in records}
     table = findings.table
     primary = table.columns[0].name if table.columns else None
-    drawn = families(findings)
+    study = None if subject.planned is None else subject.title
+    alone = alone_sentences(table.not_alone, study=study, root=subject.ledger)
+    drawn = families(findings, alone)
     figures = {f"figures-{family.id}": family.figures for family in drawn}
     blocks = {
         "settings-data": settings_data(table, records, folders),
@@ -79,13 +83,15 @@ def draw_page(subject: Subject, findings: Findings, *, folder: Path) -> str:
         "answer": answer_sentence(findings.answer),
         "source": _source(subject.source),
         "facts": facts(findings, planned=subject.planned),
-        "table": table_view(table),
-        "ranking": ranking_view(findings),
+        "table": table_view(table, alone),
+        "ranking": ranking_view(findings, alone),
         "effects": effects_view(findings),
         "routing": routing_view(findings),
         "families": [family.to_view() for family in drawn],
         "runs": run_rows(records, primary),
         "run_columns": run_columns(primary),
+        "run_notes": run_notes(records),
+        "cohorts": cohorts_view(findings),
         "method": METHOD,
         "ledger": subject.ledger.name,
         "drawn_at": utc_now()[:16].replace("T", " ") + " UTC",

@@ -24,6 +24,7 @@ _CURVES = {
 _MOST_CURVES = 24
 _MOST_BARS = 60
 _MOST_AXES = 6
+_SHOWN_REASONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,10 @@ class Family:
         }
 
 
-def families(findings: Findings) -> list[Family]:
-    """All that can be drawn of these runs; a family without any figure is left out."""
-    drawn = [_curves(findings), _costs(findings), _heat_maps(findings), _memory(findings)]
+def families(findings: Findings, alone: Sequence[str] = ()) -> list[Family]:
+    """All that can be drawn of these runs; a family without any figure is left out. `alone`: what is said of settings
+    without a run made alone, which have no point against a cost."""
+    drawn = [_curves(findings), _costs(findings, alone), _heat_maps(findings), _memory(findings)]
     return [family for family in drawn if family is not None]
 
 
@@ -80,11 +82,15 @@ def _curves(findings: Findings) -> Family | None:
     rows = _best_first(findings)[:_MOST_CURVES]
     trained = sum(not row.is_base for row in table.rows)
     figures = {}
+    reasons: list[str] = []
     colours = colours_of(table)
     for key, title in _CURVES.items():
         curves, missing = setting_curves(findings.records, rows, key)
         if curves:
             figures[key] = learning_curves(curves, colours, title=title)
+            reasons += missing
+        else:
+            reasons.append(f"No {title}: {_some(missing)}.")
     if not figures:
         return None
     cut = f"The {_MOST_CURVES} best of {trained} settings; every run's own curve is on its page."
@@ -96,7 +102,7 @@ def _curves(findings: Findings) -> Family | None:
         "A click on a name of the legend hides or shows it.",
         picks=(_pick("Value", [(key, _CURVES[key]) for key in figures]),),
         figures=figures,
-        notes=(*((cut,) if trained > _MOST_CURVES else ()), *dict.fromkeys(map(clean, missing))),
+        notes=(*((cut,) if trained > _MOST_CURVES else ()), *dict.fromkeys(map(clean, reasons))),
     )
 
 
@@ -116,7 +122,14 @@ def _best_first(findings: Findings) -> Sequence[Any]:
     return sorted(rows, key=key)
 
 
-def _costs(findings: Findings) -> Family | None:
+def _some(reasons: Sequence[str]) -> str:
+    """The first of them."""
+    distinct = list(dict.fromkeys(reasons))
+    more = f"; and {len(distinct) - _SHOWN_REASONS} more" if len(distinct) > _SHOWN_REASONS else ""
+    return ("; ".join(distinct[:_SHOWN_REASONS]) or "no step was logged") + more
+
+
+def _costs(findings: Findings, alone: Sequence[str]) -> Family | None:
     table = findings.table
     colours = colours_of(table)
     figures = {}
@@ -136,7 +149,7 @@ def _costs(findings: Findings) -> Family | None:
             _pick("Cost", COST_TITLES.items()),
         ),
         figures=figures,
-        notes=(),
+        notes=tuple(map(clean, alone)),
     )
 
 

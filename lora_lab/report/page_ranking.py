@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lora_lab.report.page_settings import (
@@ -36,8 +37,9 @@ _CHOSEN = (
 _TIMES = "Times are of this machine, from runs that had it alone."
 
 
-def ranking_view(findings: Findings) -> dict[str, Any]:
-    """The table of contenders, in the form of the table of settings; no rows before anything can be ranked."""
+def ranking_view(findings: Findings, alone: Sequence[str] = ()) -> dict[str, Any]:
+    """The table of contenders, in the form of the table of settings; no rows before anything can be ranked. `alone`:
+    what is said of settings without a run made alone."""
     ranking = findings.ranking
     column = ranking.metric
     is_ranked = any(one.score_rank is not None for one in ranking.contenders)
@@ -78,7 +80,7 @@ def ranking_view(findings: Findings) -> dict[str, Any]:
             for one in ranking.contenders
         ],
         "legend": _legend(ranking),
-        "notes": _notes(ranking),
+        "notes": [*_notes(ranking), *map(clean, alone)],
     }
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_lab.errors import DataError, LabError
 from lora_lab.record.atomic import read_json
+from lora_lab.record.cohort_facts import SHARED, cohort_of, why_missing
 from lora_lab.record.flat import dotted
 from lora_lab.record.result import Metric, Result, Status
 from lora_lab.record.run_record import ADAPTER_FOLDER, ENVIRONMENT_FILE, EVAL_FOLDER, RunRecord
+from lora_lab.report.cohort_words import missing_of_runs
 from lora_lab.report.page_layers import layer_sections
 from lora_lab.report.page_settings import SETTING_DIGITS
-from lora_lab.report.text import bytes_text, clean, count_text, number_text, seconds_text, value_text
+from lora_lab.report.text import UNKNOWN, bytes_text, clean, count_text, number_text, seconds_text, value_text
 from lora_lab.study.curves import RunCurve, run_curves
 from lora_lab.study.interval import normal_half_width
 from lora_lab.study.samples import read_answers
@@ -26,7 +28,11 @@ _CURVES = {
     "tokens_per_second": "tokens/s",
     "allocated_bytes": "bytes",
     "rss_bytes": "bytes",
+    f"{SHARED}tokens_per_second": "tokens/s of the whole cohort",
+    f"{SHARED}allocated_bytes": "bytes of the whole cohort",
+    f"{SHARED}rss_bytes": "bytes of the whole cohort",
 }
+_COSTS = (("peak_allocated_bytes", "peak memory"), ("train_seconds", "train time"), ("tokens_per_second", "tokens/s"))
 # Losses beside the language model's own: as they are, before their weights.
 _AUXILIARY, _AUXILIARY_UNIT = "_loss", "loss, before its weight"
 # Of many runs the page keeps fewer points each, and no loads of experts; the runs' own files have them all.
@@ -38,7 +44,7 @@ _PRIVATE = ("hostname",)
 
 def run_columns(metric: str | None) -> list[dict[str, Any]]:
     """Headings of the table of runs; `metric` is the score that is shown."""
-    numbers = (metric or "score", "peak memory", "train time", "tokens/s")
+    numbers = (metric or "score", *(title for _, title in _COSTS))
     return [{"title": title, "is_number": title in numbers} for title in ("run", "status", *numbers, "id")]
 
 
@@ -52,19 +58,31 @@ def run_rows(records: Sequence[RunRecord], metric: str | None) -> list[dict[str,
 
 def _cells(record: RunRecord, metric: str | None) -> list[dict[str, Any]]:
     result = record.result
-    measured: Mapping[str, float | int] = {} if result is None else result.measurements
     score = None if result is None or metric is None else result.metrics.get(metric)
-    speed = measured.get("tokens_per_second")
+    shown = {} if score is None else {"score": score.value}
+    texts: dict[str, Callable[[float], str]] = {
+        "score": number_text,
+        "peak_allocated_bytes": bytes_text,
+        "train_seconds": seconds_text,
+        "tokens_per_second": lambda value: f"{value:,.0f}",
+    }
+    measured = shown | ({} if result is None else result.measurements)
+    names = {"score": metric or "score"}
     return [
-        _cell(None if score is None else score.value, "-" if score is None else number_text(score.value)),
-        _cell(measured.get("peak_allocated_bytes"), bytes_text(measured.get("peak_allocated_bytes"))),
-        _cell(measured.get("train_seconds"), seconds_text(measured.get("train_seconds"))),
-        _cell(speed, "-" if speed is None else f"{speed:,.0f}"),
+        _cell(measured[name], write(measured[name]))
+        if name in measured
+        else _cell(None, UNKNOWN, clean(why_missing(result, names.get(name, name))))
+        for name, write in texts.items()
     ]
 
 
-def _cell(sort: float | int | None, text: str) -> dict[str, Any]:
-    return {"sort": sort, "text": text}
+def _cell(sort: float | int | None, text: str, hint: str = "") -> dict[str, Any]:
+    return {"sort": sort, "text": text, "hint": hint}
+
+
+def run_notes(records: Sequence[RunRecord]) -> list[str]:
+    """Why runs have no memory, time or speed in the table of runs, by reason."""
+    return [clean(f"{line[0].upper()}{line[1:]}.") for line in missing_of_runs(records, _COSTS)]
 
 
 def run_blocks(records: Sequence[RunRecord], folders: Mapping[str, str], order: Sequence[str]) -> dict[str, Any]:
@@ -159,7 +177,16 @@ def _identity(record: RunRecord) -> list[list[str]]:
         pairs += [("tag", header.tag), *header.identities.items()]
     if result is not None:
         pairs += [("started", result.started_at), ("finished", result.finished_at)]
+        pairs += [("executed", _executed(result))]
     return [[clean(name), clean(str(value))] for name, value in pairs if value is not None]
+
+
+def _executed(result: Result) -> str | None:
+    """Alone, or with how many others."""
+    cohort = cohort_of(result)
+    if cohort is None:
+        return None if "executed" not in result.facts else str(result.facts["executed"])
+    return f"in cohort {cohort.id} of {cohort.seats} seats, together with {len(set(cohort.members)) - 1} others"
 
 
 def _metric(name: str, metric: Metric) -> list[str]:

@@ -6,8 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lab.record.cohort_facts import why_missing
 from lora_lab.record.run_record import RunRecord
-from lora_lab.report.text import bytes_text, cell_text, clean, count_text, number_text, seconds_text, value_text
+from lora_lab.report.cohort_words import empty_columns
+from lora_lab.report.text import (
+    bytes_text,
+    cell_text,
+    clean,
+    count_text,
+    number_text,
+    seconds_text,
+    stopped_notes,
+    value_text,
+)
+from lora_lab.study.cost import is_time
 from lora_lab.study.table import Cell, MetricColumn, SettingRow, SettingsTable
 
 # What a setting costs, as columns: key, title, how it is written.
@@ -53,8 +65,8 @@ class Scale:
         return round(50.0 if span <= 0 else 4 + 92 * (value - self.low) / span, 1)
 
 
-def table_view(table: SettingsTable) -> dict[str, Any]:
-    """Columns, rows and notes for the template."""
+def table_view(table: SettingsTable, alone: Sequence[str] = ()) -> dict[str, Any]:
+    """Columns, rows and notes for the template. `alone`: what is said of settings without a run made alone."""
     colours = colours_of(table)
     scales = {column.name: scale_of([row.cells[column.name] for row in table.rows]) for column in table.columns}
     best = {column.name: _best(table.rows, column) for column in table.columns}
@@ -78,7 +90,7 @@ def table_view(table: SettingsTable) -> dict[str, Any]:
             for row in table.rows
         ],
         "legend": _legend(table),
-        "notes": _notes(table),
+        "notes": _notes(table, alone),
     }
 
 
@@ -112,8 +124,9 @@ def scale_of(cells: Sequence[Cell]) -> Scale:
 
 
 def _best(rows: Sequence[SettingRow], column: MetricColumn) -> float | None:
-    """The best mean of several; it says nothing about whether the difference is established."""
-    means = [mean for row in rows if (mean := row.cells[column.name].mean) is not None]
+    """The best mean of several that may be compared; it says nothing about whether the difference is established."""
+    compared = [row for row in rows if row.incomparable is None]
+    means = [mean for row in compared if (mean := row.cells[column.name].mean) is not None]
     if len(set(means)) < 2:
         return None
     return max(means) if column.higher_is_better else min(means)
@@ -125,8 +138,10 @@ def plain_cell(text: str, sort: float | int | None, *, hint: str = "", is_missin
 
 
 def _seeds_cell(row: SettingRow) -> dict[str, Any]:
-    text = str(row.completed) if row.completed == row.runs else f"{row.completed} of {row.runs}"
-    return plain_cell(text, row.completed, hint=", ".join(f"{count} {name}" for name, count in row.statuses.items()))
+    text = str(row.trials) if row.trials_completed == row.trials else f"{row.trials_completed} of {row.trials}"
+    return plain_cell(
+        text, row.trials_completed, hint=", ".join(f"{count} {name}" for name, count in row.statuses.items())
+    )
 
 
 def metric_cell(cell: Cell, scale: Scale, *, is_best: bool) -> dict[str, Any]:
@@ -148,7 +163,13 @@ def metric_cell(cell: Cell, scale: Scale, *, is_best: bool) -> dict[str, Any]:
 
 def _cost_cell(row: SettingRow, key: str, write: Any) -> dict[str, Any]:
     value = cost_value(row, key)
-    return plain_cell(write(value), value, hint=clean(row.missing.get(key, "")), is_missing=value is None)
+    if value is None:
+        return plain_cell(write(value), None, hint=clean(row.why_no_cost(key)), is_missing=True)
+    return plain_cell(write(value), value, hint=_of_runs(row) if is_time(key) else "")
+
+
+def _of_runs(row: SettingRow) -> str:
+    return f"median over {row.runs_alone} run{'' if row.runs_alone == 1 else 's'} made alone"
 
 
 def _legend(table: SettingsTable) -> str:
@@ -158,9 +179,11 @@ def _legend(table: SettingsTable) -> str:
     return " ".join(parts)
 
 
-def _notes(table: SettingsTable) -> list[str]:
+def _notes(table: SettingsTable, alone: Sequence[str]) -> list[str]:
     notes = [f"Not in a mean: {clean(reason)}" for row in table.rows for reason in row.reasons]
-    return [*notes, *(f"Cannot be read: {clean(problem)}" for problem in table.problems)]
+    empty = empty_columns(table, [(key, title) for key, title, _ in COSTS[1:]])
+    notes += [*(clean(f"{line[0].upper()}{line[1:]}.") for line in empty), *map(clean, alone)]
+    return [*stopped_notes(table), *notes, *(f"Cannot be read: {clean(problem)}" for problem in table.problems)]
 
 
 def settings_data(table: SettingsTable, records: Sequence[RunRecord], folders: Mapping[str, str]) -> dict[str, Any]:
@@ -180,15 +203,27 @@ def settings_data(table: SettingsTable, records: Sequence[RunRecord], folders: M
                     "state": str(record.state),
                     "folder": folders[record.run_id],
                     "values": _run_values(record, table.columns),
+                    "missing": _run_reasons(record, table.columns),
                 }
                 for record in by_setting.get(row.setting, [])
             ],
             "means": [[title, cell_text(row.cells[c.name])] for title, c in zip(titles, table.columns, strict=True)],
             "axes": [[clean(key), clean(value_text(value))] for key, value in row.axes.items()],
-            "notes": [clean(reason) for reason in row.reasons],
+            "notes": [clean(reason) for reason in [*row.reasons, *_absent(row)]],
         }
         for row in table.rows
     }
+
+
+def _absent(row: SettingRow) -> list[str]:
+    """Costs that the setting has not, and why."""
+    return [f"No {title}: {row.why_no_cost(key)}." for key, title, _ in COSTS if cost_value(row, key) is None]
+
+
+def _run_reasons(record: RunRecord, columns: Sequence[MetricColumn]) -> list[str]:
+    """Why a value is absent where it is, in the order of `_run_values`."""
+    names = [*(column.name for column in columns), *(key for key, _, _ in COSTS)]
+    return [clean(why_missing(record.result, name)) for name in names]
 
 
 def _run_values(record: RunRecord, columns: Sequence[MetricColumn]) -> list[str | None]:

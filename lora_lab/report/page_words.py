@@ -16,12 +16,16 @@ METHOD = (
     "A cell is the mean over seeds with half of its 95 % interval by Student's t; the mark below it shows mean and "
     "interval on the scale of its column. With fewer than three seeds there is no interval, and the points are shown. "
     "Interval and standard error inside one run cover its examples, not seeds.",
-    "Only completed runs enter a mean. A diverged or failed run is counted and explained, never averaged. A missing "
-    "number is missing, with its reason.",
+    "Only completed runs enter a mean. A diverged or failed run is counted and explained, never averaged. So is one "
+    "that a search stopped early; a setting with such a run is compared with no other, since the runs that it has left "
+    "are its better ones. A missing number is missing, with its reason.",
     "Peak memory is the allocator's on CUDA. On a CPU it is the bytes of live tensors at the peak of one step on the "
     "longest rows, counted on a step that is left out of time and speed. GB is 10^9 bytes. Time is wall clock; tokens "
     "per second count real tokens, no padding. Of a setting the largest memory and the median time over its runs are "
     "shown.",
+    "Runs may be trained together on one frozen base, in a cohort. That changes no score, and scores count whichever "
+    "way a run was made, a repeated trial once. Time and speed are compared between runs made alone only; so are peaks "
+    "of memory, but for one that was counted on a step that the run made alone.",
 )
 _EFFECT_TITLES = ("axis", "from", "to", "difference", "seeds", "pairs of settings", "verdict")
 
@@ -52,8 +56,13 @@ def facts(findings: Findings, *, planned: int | None) -> list[dict[str, str]]:
         *([_fact("model", ", ".join(models))] if models else []),
         *([_fact("data", ", ".join(data))] if data else []),
         *([_fact("machines", str(len(machines)))] if machines else []),
+        *([_fact("cohorts", _cohorts(findings))] if findings.cohorts else []),
         *([_fact("last run ended", finished[:16].replace("T", " ") + " UTC")] if finished else []),
     ]
+
+
+def _cohorts(findings: Findings) -> str:
+    return f"{len(findings.cohorts)}, of {sum(cohort.ended for cohort in findings.cohorts)} runs"
 
 
 def _fact(name: str, value: str, tone: str = "") -> dict[str, str]:
@@ -63,6 +72,8 @@ def _fact(name: str, value: str, tone: str = "") -> dict[str, str]:
 def _tone(state: str) -> str:
     if state == Status.COMPLETED:
         return "good"
+    if state == Status.STOPPED:
+        return "muted"
     return "bad" if state in (Status.FAILED, "DAMAGED", "NEWER") else "warn" if state != "RUNNING" else ""
 
 
@@ -83,6 +94,8 @@ def sections(page: Mapping[str, Any]) -> list[dict[str, str]]:
     entries += [{"id": family["id"], "title": family["menu"]} for family in page["families"]]
     if page["routing"]["rows"]:
         entries.append({"id": "routing", "title": "Routing"})
+    if page["cohorts"]["rows"]:
+        entries.append({"id": "cohorts", "title": "Cohorts"})
     return [*entries, {"id": "runs", "title": "Runs"}, {"id": "method", "title": "How to read"}]
 
 

@@ -1,7 +1,8 @@
 """Progress of a sweep on stderr: a live table in a terminal, a few plain lines in a pipe.
 
 stdout stays free for the table of results. The time left is told only when a run of this sweep has ended and says how
-long one takes (`sweep.Sweep.seconds_left`); until then it is unknown.
+long one takes (`sweep.Sweep.seconds_left`); until then it is unknown. Of a cohort it is known earlier how long the
+training of its runs will still take.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from rich.console import Console
 
 from lora_lab.record.result import Result
 from lora_lab.record.run_record import RunHeader
-from lora_lab.record.watcher import StepValues
+from lora_lab.record.watcher import CohortView, StepValues
 from lora_lab.report.grid import console_for, print_line
-from lora_lab.report.live import LiveTable, first_line, left_text
+from lora_lab.report.live import LiveTable, cohort_parts, first_line, left_text
 from lora_lab.report.sweep import RunView, Sweep
 from lora_lab.report.text import bytes_text, clean, number_text, seconds_text
 
 _LINE_SECONDS = 10.0
 _LINE_SHARE = 0.1
 _LONGEST_SILENCE_SECONDS = 60.0
+_LINES = {"after_seconds": _LINE_SECONDS, "after_share": _LINE_SHARE, "silence_seconds": _LONGEST_SILENCE_SECONDS}
 
 
 class Progress:
@@ -74,19 +76,21 @@ class Progress:
     def step(self, run_id: str, step: int, values: StepValues) -> None:
         """An optimizer step is done."""
         self._sweep.step(run_id, step, values)
-        if self._live is None and self._sweep.is_line_due(
-            run_id,
-            after_seconds=_LINE_SECONDS,
-            after_share=_LINE_SHARE,
-            silence_seconds=_LONGEST_SILENCE_SECONDS,
-        ):
+        if self._live is None and self._sweep.is_line_due(run_id, **_LINES):
             run = self._sweep.run_view(run_id)
             self._say(f"  {clean(run.name)}: {_step_text(run)}; time left: {self._left()}")
+
+    def cohort(self, cohort_id: str, view: CohortView) -> None:
+        """What a cohort is at. In a pipe its lines stand in for those of its runs."""
+        self._sweep.cohort(cohort_id, view)
+        if self._live is None and self._sweep.is_cohort_line_due(cohort_id, **_LINES):
+            state = self._sweep.cohort_state(cohort_id)
+            self._say(f"  {clean(', '.join(cohort_parts(state)))}; time left: {self._left()}")
 
     def run_finished(self, header: RunHeader, folder: Path, result: Result) -> None:
         """The run ended. The whole of a long reason is in its result."""
         run, ended = self._sweep.finish(header, result)
-        took = f" in {seconds_text(run.seconds)}" if run is not None else ""
+        took = _took(run)
         reason = first_line(result.reason)
         told = f"[{ended}/{self._sweep.total}] {header.name} {result.status}{took}"
         self._say(told + (f": {reason}" if reason else ""))
@@ -102,6 +106,15 @@ class Progress:
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # who read along has left, or the disk is full; the sweep goes on
             print_line(self._console, text)
+
+
+def _took(run: RunView | None) -> str:
+    """In a cohort the time is not the run's own."""
+    if run is None:
+        return ""
+    if run.cohort is None:
+        return f" in {seconds_text(run.seconds)}"
+    return f" after {seconds_text(run.seconds)} with others in cohort {run.cohort}"
 
 
 def _step_text(run: RunView) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_lab.errors import LabError
 from lora_lab.record.result import Result
 from lora_lab.record.run_record import RunHeader
-from lora_lab.record.watcher import StepValues
+from lora_lab.record.watcher import CohortView, StepValues
 
 # Of the time since the last drawing, drawing may take this share; a page of a thousand runs is drawn less often.
 _SHARE = 0.05
@@ -38,6 +38,9 @@ class Redraw:
         """Nothing new to show."""
 
     def step(self, run_id: str, step: int, values: StepValues) -> None:
+        """Nothing new to show."""
+
+    def cohort(self, cohort_id: str, view: CohortView) -> None:
         """Nothing new to show."""
 
     def run_finished(self, header: RunHeader, folder: Path, result: Result) -> None:

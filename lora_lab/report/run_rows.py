@@ -1,6 +1,7 @@
 """Runs as rows of a table that fits a width: state, steps, loss, speed, memory, time.
 
 Columns that do not fit are left out, the least important first, and long names lose their middle; numbers stay whole.
+Speed and memory of a cohort are no run's, so they have no column where every run is a member.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_lab.record.result import Status
-from lora_lab.report.sweep import RunView
+from lora_lab.report.sweep_view import RunView
 from lora_lab.report.text import UNKNOWN, bytes_text, clean, encodable, number_text, seconds_text
 
-_STYLES = {Status.COMPLETED: "green", Status.DIVERGED: "yellow", Status.INTERRUPTED: "yellow"}
+_STYLES = {
+    Status.COMPLETED: "green",
+    Status.STOPPED: "blue",
+    Status.DIVERGED: "yellow",
+    Status.INTERRUPTED: "yellow",
+}
 _MEMORY_TITLES = {"rss_bytes": "RSS", "allocated_bytes": "allocated"}
 _BY_IMPORTANCE = ("steps", "state", "loss", "time", "speed", "memory")
 # Names are cut down to so many cells to make room for a column that is needed, and for any other.
@@ -94,7 +100,7 @@ def _columns(runs: Sequence[RunView]) -> dict[str, _Column]:
     """All but the name, in the order in which they stand."""
     kinds = {run.memory_key for run in runs if run.memory_key is not None}
     memory = _MEMORY_TITLES[kinds.pop()] if len(kinds) == 1 else "memory"
-    return {
+    columns = {
         # A phase may have a second word (measuring memory), and a share after a colon.
         "state": _Column("state", tuple(re.split("[ :]", run.state)[0] for run in runs), 9, "left", is_needed=True),
         "steps": _Column("steps", tuple(map(_steps_text, runs)), 5, is_needed=True),
@@ -103,6 +109,9 @@ def _columns(runs: Sequence[RunView]) -> dict[str, _Column]:
         "memory": _Column(memory, tuple(bytes_text(run.memory_bytes) for run in runs), 7),
         "time": _Column("time", tuple(map(_time_text, runs)), 10),
     }
+    if runs and all(run.cohort is not None for run in runs):
+        del columns["speed"], columns["memory"]
+    return columns
 
 
 def _fitting(columns: Mapping[str, _Column], name_cells: int, *, width: int, gap: int) -> list[str]:

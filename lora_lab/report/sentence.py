@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_lab.record.result import Status
 from lora_lab.report.text import clean, interval_text, number_text, value_text
 from lora_lab.study.answer import Answer, Standing
 from lora_lab.study.effects import Effect
@@ -20,18 +21,21 @@ def answer_sentence(answer: Answer) -> str:
         return "No run has ended yet."
     if answer.case == "only_base" and answer.base is not None:
         return f"So far only the untouched base has a score: {metric} {number_text(answer.base.mean)}."
+    if answer.case == "cut_short":
+        told = "runs of every setting that has a score were stopped early"
+        return f"No setting is compared: {told} ({_counted(answer)})."
     if answer.case in ("none_completed", "no_score") or answer.best is None:
         return _nothing_scored(answer, metric)
     if answer.case == "few_seeds":
         value = f"{number_text(answer.best.mean)} {_seeds(answer.best)}{_base_aside(answer)}"
         caution = "intervals need three seeds, so nothing is claimed"
-        return f"{_leads(answer, answer.best, metric)} so far, {value}; {caution}."
+        return f"{'; '.join([f'{_leads(answer, answer.best, metric)} so far, {value}', caution, *_stopped(answer)])}."
     return _compared(answer, answer.best, metric)
 
 
 def _nothing_scored(answer: Answer, metric: str) -> str:
     total = sum(answer.counts.values())
-    told = ", ".join(f"{count} {status}" for status, count in answer.counts.items())
+    told = _counted(answer)
     if answer.case == "no_score":
         text = f"No completed run has {metric} ({told})"
     elif "RUNNING" in answer.counts:
@@ -39,6 +43,10 @@ def _nothing_scored(answer: Answer, metric: str) -> str:
     else:
         text = f"None of {total} runs completed ({told})" if total > 1 else f"The only run did not complete ({told})"
     return text + (f"; the untouched base has {metric} {number_text(answer.base.mean)}." if answer.base else ".")
+
+
+def _counted(answer: Answer) -> str:
+    return ", ".join(f"{count} {status}" for status, count in answer.counts.items())
 
 
 def _compared(answer: Answer, best: Standing, metric: str) -> str:
@@ -51,7 +59,18 @@ def _compared(answer: Answer, best: Standing, metric: str) -> str:
         parts.append(f"the largest established effect is {_effect(answer.effect)}")
     elif answer.axes_tested:
         parts.append(f"no effect of {_axes(answer.axes_tested, 'or')} is established")
-    return "; ".join(parts) + "."
+    return "; ".join([*parts, *_stopped(answer)]) + "."
+
+
+def _stopped(answer: Answer) -> list[str]:
+    """What early stopping has taken out of the comparison."""
+    stopped = answer.counts.get(Status.STOPPED.value, 0)
+    if not stopped:
+        return []
+    told = f"{_some(stopped, 'run')} {'was' if stopped == 1 else 'were'} stopped early"
+    if cut := len(answer.cut_short):
+        told += f", and {_some(cut, 'setting')} with other runs {'is' if cut == 1 else 'are'} left out"
+    return [told]
 
 
 def _leads(answer: Answer, best: Standing, metric: str) -> str:

@@ -6,89 +6,24 @@ whole views.
 
 from __future__ import annotations
 
-import math
-import statistics
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 from lora_lab.record.result import Result, Status
 from lora_lab.record.run_record import RunHeader
-from lora_lab.record.watcher import StepValues
+from lora_lab.record.watcher import CohortView, StepValues
+from lora_lab.report.open_runs import OpenCohort, OpenRun
+from lora_lab.report.sweep_view import CohortState, RunView, SweepView
+from lora_lab.report.time_left import Pace, sweep_seconds_left, training_seconds_left
 
-# Speed is told over the last steps: one step's own time jumps with the length of its rows.
-_SPEED_STEPS = 10
+__all__ = ["CohortState", "RunView", "Sweep", "SweepView"]
+
 _KEPT_ENDED = 5
 _KEPT_FAILURES = 2
-_MEMORY_KEYS = ("allocated_bytes", "rss_bytes")
-
-
-@dataclass(frozen=True, slots=True)
-class RunView:
-    """A run at one moment. `state` is its phase, or its status once it has ended; `seconds` what it took so far.
-
-    memory_bytes is of the last step, and memory_key (a key of the step log) says what it counts.
-    """
-
-    name: str
-    state: str
-    is_open: bool
-    step: int
-    steps: int
-    loss: float | None
-    tokens_per_second: float | None
-    memory_key: str | None
-    memory_bytes: float | None
-    seconds: float
-    reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class SweepView:
-    """A sweep at one moment. `ended` and `failures` hold the last few, oldest first; `outcomes` counts by status."""
-
-    total: int
-    waiting: int
-    running: tuple[RunView, ...]
-    ended: tuple[RunView, ...]
-    failures: tuple[RunView, ...]
-    outcomes: Mapping[str, int]
-    elapsed_seconds: float
-    seconds_left: float | None
-
-
-@dataclass(slots=True)
-class _Open:
-    header: RunHeader
-    steps: int
-    started: float
-    phase_since: float
-    told_at: float
-    told_step: int = 0
-    part_seconds: float = 0.0
-    phase: str = ""
-    step: int = 0
-    loss: float | None = None
-    memory: tuple[str, float] | None = None
-    pace: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_SPEED_STEPS))
-
-    def view(self, now: float, *, state: str | None = None, reason: str | None = None) -> RunView:
-        seconds = math.fsum(seconds for _, seconds in self.pace)
-        return RunView(
-            name=self.header.name,
-            state=self.phase if state is None else state,
-            is_open=state is None,
-            step=self.step,
-            steps=self.steps,
-            loss=self.loss,
-            tokens_per_second=math.fsum(tokens for tokens, _ in self.pace) / seconds if seconds else None,
-            memory_key=self.memory[0] if self.memory else None,
-            memory_bytes=self.memory[1] if self.memory else None,
-            seconds=now - self.started,
-            reason=reason,
-        )
+# What a search stops early is no failure, and says how long a run of it takes.
+_AS_PLANNED = (Status.COMPLETED, Status.STOPPED)
 
 
 class Sweep:
@@ -104,7 +39,8 @@ class Sweep:
         with self._lock:
             self._total = total
             self._begun = self._charged = self._clock()
-            self._open: dict[str, _Open] = {}
+            self._open: dict[str, OpenRun] = {}
+            self._cohorts: dict[str, OpenCohort] = {}
             self._ended: dict[str, RunView] = {}
             self._failures: dict[str, RunView] = {}
             self._outcomes: dict[str, str] = {}
@@ -124,28 +60,32 @@ class Sweep:
             self._outcomes.pop(run_id, None)
             self._ended.pop(run_id, None)
             self._failures.pop(run_id, None)
-            self._open[run_id] = _Open(header, steps, started=now, phase_since=now, told_at=now)
+            self._open[run_id] = OpenRun(header, steps, started=now, phase_since=now, told_at=now)
             return self._numbers.setdefault(run_id, len(self._numbers) + 1)
 
     def phase(self, run_id: str, text: str) -> None:
         """The run enters a phase."""
         with self._lock:
             if (run := self._open.get(run_id)) is not None:
-                if text.partition(":")[0] != run.phase.partition(":")[0]:
-                    run.phase_since = self._clock()
-                run.phase = text
+                run.enter(text, self._charge())
 
     def step(self, run_id: str, step: int, values: StepValues) -> None:
         """An optimizer step is done; `values` as in the step log."""
         with self._lock:
             if (run := self._open.get(run_id)) is None:
                 return
-            run.step, run.loss = step, values.get("loss")
-            tokens, seconds = values.get("tokens"), values.get("seconds")
-            if tokens is not None and seconds is not None:
-                run.pace.append((tokens, seconds))
-            measured = ((key, values.get(key)) for key in _MEMORY_KEYS)
-            run.memory = next(((key, value) for key, value in measured if value is not None), run.memory)
+            run.take(step, values.get("loss"))
+            run.measure(values)
+
+    def cohort(self, cohort_id: str, view: CohortView) -> None:
+        """What a cohort is at; its members are open runs."""
+        with self._lock:
+            now = self._charge()
+            self._cohorts.setdefault(cohort_id, OpenCohort(view, told_at=now)).take(view)
+            for member in view.members:
+                if (run := self._open.get(member.run_id)) is not None:
+                    run.cohort = cohort_id
+                    run.take(member.step, member.loss)
 
     def finish(self, header: RunHeader, result: Result) -> tuple[RunView | None, int]:
         """The attempt ended: its last view (None where its start was not told) and how many runs have ended by now."""
@@ -156,11 +96,11 @@ class Sweep:
             run = self._open.pop(run_id, None)
             if run is None:
                 return None, len(self._outcomes)
-            if result.status == Status.COMPLETED:
-                self._run_seconds.append(run.part_seconds)
+            if result.status in _AS_PLANNED:
+                self._run_seconds.append(run.charged)
             view = run.view(now, state=status, reason=result.reason)
             self._ended[run_id] = view
-            if result.status != Status.COMPLETED:
+            if result.status not in _AS_PLANNED:
                 self._failures[run_id] = view
             for kept, most in ((self._ended, _KEPT_ENDED), (self._failures, _KEPT_FAILURES)):
                 for old in list(kept)[:-most]:
@@ -174,22 +114,47 @@ class Sweep:
         of, and after `silence_seconds` in any case. Of several open runs the one untold for longest has its turn.
         """
         with self._lock:
-            if (run := self._open.get(run_id)) is None:
+            if (run := self._open.get(run_id)) is None or run.cohort is not None:
                 return False
-            now = self._clock()
-            silence = now - max(other.told_at for other in self._open.values())
             share = (run.step - run.told_step) / run.steps if run.steps else 0.0
-            if not ((silence >= after_seconds and share >= after_share) or silence >= silence_seconds):
-                return False
-            if any(other.told_at < run.told_at and other.step > other.told_step for other in self._open.values()):
-                return False
-            run.told_at, run.told_step = now, run.step
-            return True
+            return self._is_due(run, share >= after_share, after_seconds, silence_seconds)
+
+    def is_cohort_line_due(
+        self, cohort_id: str, *, after_seconds: float, after_share: float, silence_seconds: float
+    ) -> bool:
+        """The same for a cohort, by the steps of all its runs together."""
+        with self._lock:
+            cohort = self._cohorts[cohort_id]
+            steps = sum(member.steps for member in cohort.view.members)
+            share = (cohort.step - cohort.told_step) / steps if steps else 0.0
+            return self._is_due(cohort, share >= after_share, after_seconds, silence_seconds)
+
+    def _is_due(self, one: OpenRun | OpenCohort, has_moved: bool, after_seconds: float, silence_seconds: float) -> bool:
+        now = self._clock()
+        alone = [run for run in self._open.values() if run.cohort is None]
+        others: list[OpenRun | OpenCohort] = [*alone, *(self._cohorts[name] for name in self._live())]
+        silence = now - max(other.told_at for other in (*self._open.values(), *others))
+        if not ((silence >= after_seconds and has_moved) or silence >= silence_seconds):
+            return False
+        if any(other.told_at < one.told_at and other.step > other.told_step for other in others):
+            return False
+        one.told_at, one.told_step = now, one.step
+        return True
+
+    def _live(self) -> list[str]:
+        """Cohorts that have an open run, in the order in which they began."""
+        present = {run.cohort for run in self._open.values()}
+        return [name for name in self._cohorts if name in present]
 
     def run_view(self, run_id: str) -> RunView:
         """An open run now; raises KeyError for any other."""
         with self._lock:
             return self._open[run_id].view(self._clock())
+
+    def cohort_state(self, cohort_id: str) -> CohortState:
+        """A cohort now; raises KeyError for one that was never told of."""
+        with self._lock:
+            return self._cohort_state(cohort_id, self._clock())
 
     def view(self) -> SweepView:
         """All of it now."""
@@ -204,30 +169,40 @@ class Sweep:
                 outcomes=Counter(self._outcomes.values()),
                 elapsed_seconds=now - self._begun,
                 seconds_left=self._seconds_left(now),
+                cohorts=tuple(self._cohort_state(name, now) for name in self._live()),
             )
 
     def seconds_left(self) -> float | None:
-        """Estimated seconds to the end of the sweep, or None while no run of it has completed.
-
-        Runs not begun take the median of the completed ones. An open run takes what is left of that median, or what its
-        own steps so far say about the steps still to do, whichever is longer. Of runs that are open together each is
-        charged its part of the wall clock, so the median is what one more run costs, alone or in company.
-        """
+        """Estimated seconds to the end of the sweep (`time_left`), or None while no run has ended as planned."""
         with self._lock:
             return self._seconds_left(self._clock())
 
     def _seconds_left(self, now: float) -> float | None:
-        if not self._run_seconds:
-            return None
-        median = statistics.median(self._run_seconds)
+        return sweep_seconds_left(self._run_seconds, self._paces(self._open.values(), now), waiting=self._waiting())
+
+    def _paces(self, runs: Iterable[OpenRun], now: float) -> list[Pace]:
         uncharged = (now - self._charged) / max(len(self._open), 1)
-        by_median = math.fsum(max(median - run.part_seconds - uncharged, 0.0) for run in self._open.values())
-        by_steps = (
-            (now - run.phase_since) / run.step * (run.steps - run.step)
-            for run in self._open.values()
-            if 0 < run.step < run.steps
+        return [run.pace(now, uncharged) for run in runs]
+
+    def _cohort_state(self, cohort_id: str, now: float) -> CohortState:
+        view = self._cohorts[cohort_id].view
+        seats = {member.run_id: place for place, member in enumerate(view.members)}
+        mine = [(run_id, run) for run_id, run in self._open.items() if run.cohort == cohort_id]
+        mine.sort(key=lambda pair: seats.get(pair[0], len(seats)))
+        seated = [run for run_id, run in mine if run_id in seats]
+        shares = [run.step / run.steps for run in seated if run.steps]
+        return CohortState(
+            id=cohort_id,
+            seats=view.seats,
+            seated=len(view.members),
+            waiting=view.waiting,
+            members=tuple(run.view(now) for _, run in mine),
+            shares=(min(shares), max(shares)) if shares else None,
+            tokens_per_second=view.tokens_per_second,
+            memory_key=view.memory_key,
+            memory_bytes=view.memory_bytes,
+            training_seconds_left=training_seconds_left(self._paces(seated, now), waiting=view.waiting),
         )
-        return self._waiting() * median + max(by_median, *by_steps, 0.0)
 
     def _waiting(self) -> int:
         return max(self._total - len(self._outcomes) - len(self._open), 0)
@@ -236,6 +211,6 @@ class Sweep:
         """Deals out the time since the last charge among the open runs; returns the present."""
         now = self._clock()
         for run in self._open.values():
-            run.part_seconds += (now - self._charged) / len(self._open)
+            run.charged += (now - self._charged) / len(self._open)
         self._charged = now
         return now

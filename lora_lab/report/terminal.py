@@ -13,6 +13,7 @@ from rich.console import Console
 from lora_lab.plan.row import PlanRow
 from lora_lab.record.export import rows_of, to_json
 from lora_lab.record.run_record import RunRecord
+from lora_lab.report.cohort_words import alone_sentences, empty_columns, missing_of_runs
 from lora_lab.report.grid import Column, Grid, console_for, print_grid, print_line
 from lora_lab.report.text import (
     UNKNOWN,
@@ -22,6 +23,7 @@ from lora_lab.report.text import (
     interval_text,
     number_text,
     seconds_text,
+    stopped_notes,
     value_text,
 )
 from lora_lab.study.compare import Comparison
@@ -29,10 +31,12 @@ from lora_lab.study.table import MetricColumn, SettingRow, SettingsTable
 
 _FIRST_METRIC = "heldout/loss"
 _PEAK, _TIME = "peak_allocated_bytes", "train_seconds"
+_SHOWN_ALONE = 3
+_COSTS = ((_PEAK, "peak memory"), (_TIME, "train time"))
 
 
 def print_plan(rows: Sequence[PlanRow], *, as_json: bool = False, stream: TextIO | None = None) -> None:
-    """One line per job, and how many of them would run."""
+    """One line per job, how many of them would run, which train together, and why the others do not."""
     if as_json:
         _print_json([_plan_json(row) for row in rows], stream)
         return
@@ -41,6 +45,7 @@ def print_plan(rows: Sequence[PlanRow], *, as_json: bool = False, stream: TextIO
         Column("run"),
         Column("fingerprint", is_optional=True),
         Column("state"),
+        Column("cohort", is_optional=True),
         Column("steps", is_number=True),
         Column("trainable", is_number=True),
         Column("total", is_number=True, is_optional=True),
@@ -49,6 +54,7 @@ def print_plan(rows: Sequence[PlanRow], *, as_json: bool = False, stream: TextIO
     counts = {state: sum(row.state == state for row in rows) for state in ("new", "done", "duplicate")}
     told = ", ".join(f"{count} {state}" for state, count in counts.items())
     print_line(console, f"{len(rows)} trials: {told}")
+    _print_cohorts(console, rows)
     for reason in dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row.missing.items()):
         print_line(console, f"not known: {reason}", style="dim")
 
@@ -56,7 +62,23 @@ def print_plan(rows: Sequence[PlanRow], *, as_json: bool = False, stream: TextIO
 def _plan_cells(row: PlanRow) -> tuple[str, ...]:
     name = row.name + (f" (repeat {row.repeat})" if row.repeat else "")
     numbers = (count_text(row.steps), count_text(row.trainable_parameters), count_text(row.total_parameters))
-    return (name, row.fingerprint[:16], row.state, *numbers)
+    cohort = "" if row.why_alone is None else "alone"
+    if row.cohort is not None:
+        cohort = f"{row.cohort} of {row.cohort_size}"
+    return (name, row.fingerprint[:16], row.state, cohort, *numbers)
+
+
+def _print_cohorts(console: Console, rows: Sequence[PlanRow]) -> None:
+    sizes = {row.cohort: row.cohort_size for row in rows if row.cohort is not None}
+    for cohort, size in sizes.items():
+        print_line(console, f"{cohort}: {size} trials train together")
+    alone: dict[str, list[str]] = {}
+    for row in rows:
+        if row.why_alone is not None:
+            alone.setdefault(row.why_alone, []).append(row.name)
+    for why, names in alone.items():
+        more = f" and {len(names) - _SHOWN_ALONE} more" if len(names) > _SHOWN_ALONE else ""
+        print_line(console, f"alone: {', '.join(names[:_SHOWN_ALONE])}{more}: {why}", style="dim")
 
 
 def _plan_json(row: PlanRow) -> dict[str, Any]:
@@ -84,6 +106,8 @@ def print_runs(records: Sequence[RunRecord], *, as_json: bool = False, stream: T
     for record in records:
         if (reason := _reason(record)) is not None:
             print_line(console, f"{record.run_id} {record.name}: {reason}", style="dim")
+    for line in missing_of_runs(records, _COSTS):
+        print_line(console, line, style="dim")
 
 
 def _run_cells(record: RunRecord) -> tuple[str, ...]:
@@ -135,7 +159,7 @@ def _metric_title(column: MetricColumn) -> str:
 def _setting_cells(row: SettingRow, columns: Sequence[MetricColumn]) -> tuple[str, ...]:
     return (
         row.name,
-        str(row.completed) if row.completed == row.runs else f"{row.completed} of {row.runs}",
+        str(row.trials) if row.trials_completed == row.trials else f"{row.trials_completed} of {row.trials}",
         *(cell_text(row.cells[column.name]) for column in columns),
         count_text(row.trainable_parameters),
         bytes_text(row.cost.get(_PEAK)),
@@ -159,12 +183,14 @@ def _print_legend(console: Console, table: SettingsTable) -> None:
 
 
 def _table_notes(table: SettingsTable) -> list[str]:
-    notes = [f"not in a mean: {reason}" for row in table.rows for reason in row.reasons]
+    notes = stopped_notes(table)
+    notes += [f"not in a mean: {reason}" for row in table.rows for reason in row.reasons]
     for row in table.rows:
         for name, cell in row.cells.items():
             is_idle = row.is_base and name.startswith("train/")  # nothing is trained, so nothing is missed
             if cell.missing is not None and row.completed and not is_idle:
                 notes.append(f"{row.name}: no {name}: {cell.missing}")
+    notes += [*empty_columns(table, _COSTS), *alone_sentences(table.not_alone)]
     return [*notes, *(f"cannot be read: {problem}" for problem in table.problems)]
 
 

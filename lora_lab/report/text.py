@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from lora_lab.study.table import Cell
+from lora_lab.study.table import Cell, SettingsTable
 
 _ESCAPES = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # operating system commands: titles, links
@@ -87,6 +87,20 @@ def cell_text(cell: Cell) -> str:
     if cell.interval is not None:
         return interval_text(cell.interval.mean, cell.interval.half_width)
     return points_text([point.value for point in cell.points]) or UNKNOWN
+
+
+def stopped_notes(table: SettingsTable) -> list[str]:
+    """How many runs a search has stopped early, in one sentence; nothing where there are none."""
+    stopped = sum(row.stopped for row in table.rows)
+    if not stopped:
+        return []
+    runs, cut = sum(row.runs for row in table.rows), [row for row in table.rows if row.stopped and row.completed]
+    told = "was stopped early by the search and is" if stopped == 1 else "were stopped early by the search and are"
+    note = f"{stopped} of {runs} runs {told} in no mean"
+    if cut:
+        names = ", ".join(clean(row.name) for row in cut)
+        note += f"; not compared with others, since what they have left are their better runs: {names}"
+    return [f"{note}."]
 
 
 def value_text(value: object) -> str:

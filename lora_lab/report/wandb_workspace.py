@@ -2,7 +2,8 @@
 
 Both show what the study's runs carry there (`record/wandb_mapping.py`): learning curves by setting, scores, scores
 against memory and time, a comparison of runs, and the lab's own table with its intervals, since W&B has none over
-groups. They hold no numbers but that table's; everything else is drawn from the runs.
+groups. They hold no numbers but that table's; everything else is drawn from the runs. Of a cost that no setting has
+there is no panel, and the text beside the table says why.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lab.report.cohort_words import alone_sentences
 from lora_lab.report.text import interval_text, number_text
+from lora_lab.study.alone import NotAlone
 
 _WIDE, _HALF, _HEIGHT = 24, 12, 8
 _COSTS = (("peak_allocated_bytes", "Score against peak memory"), ("train_seconds", "Score against training time"))
 _GROUP = "Group"
 _MOST_RUNS = 100
 _OF_TRAINING = "train/"
+_SPEED = "tokens_per_second"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,8 @@ def study_windows(
     scores = [metric for metric in table["metrics"] if not metric["name"].startswith(_OF_TRAINING)]
     owner = {} if entity is None else {"entity": entity}
     runs_only = workspaces.And(workspaces.Tags().isin([study]), workspaces.Metric("JobType") != "study")
-    text = intervals_markdown(table)
+    text = intervals_markdown(table, study=study)
+    curves, costs = _curves(reports, table), _costs(reports, table, scores)
     report = reports.Report(
         project=project,
         title=f"Study {study}",
@@ -68,7 +73,7 @@ def study_windows(
             reports.MarkdownBlock(text=text),
             reports.PanelGrid(
                 runsets=[reports.Runset(name="runs of the study", filters=runs_only, groupby=[_GROUP])],
-                panels=[*_curves(reports), *_bars(reports, scores), *_costs(reports, scores), _comparer(reports)],
+                panels=[*curves, *_bars(reports, scores), *costs, _comparer(reports)],
             ),
         ],
         width="fluid",
@@ -77,8 +82,8 @@ def study_windows(
     sections = [
         ("Answer", [reports.MarkdownPanel(markdown=text, layout=_layout(reports, 0, _WIDE))]),
         ("Scores", _bars(reports, scores)),
-        ("Scores and costs", _costs(reports, scores)),
-        ("Learning", _curves(reports)),
+        ("Scores and costs", costs),
+        ("Learning", curves),
         ("Runs", [_comparer(reports)]),
     ]
     workspace = workspaces.Workspace(
@@ -92,9 +97,11 @@ def study_windows(
     return Windows(workspace, report)
 
 
-def _curves(reports: Any) -> list[Any]:
-    """Mean over the seeds of a setting, with their range."""
-    series = (("train/loss", "Training loss"), ("train/tokens_per_second", "Tokens per second"))
+def _curves(reports: Any, table: Mapping[str, Any]) -> list[Any]:
+    """Mean over the seeds of a setting, with their range; the speed is of runs made alone, or there is none."""
+    series = [("train/loss", "Training loss")]
+    if _is_measured(table, _SPEED):
+        series.append((f"train/{_SPEED}", "Tokens per second, of runs made alone"))
     return [
         reports.LinePlot(
             title=title,
@@ -126,8 +133,9 @@ def _bars(reports: Any, scores: Sequence[Mapping[str, Any]]) -> list[Any]:
     ]
 
 
-def _costs(reports: Any, scores: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The primary score over memory and over time, one point per run."""
+def _costs(reports: Any, table: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The primary score over memory and over time, one point per run that has both."""
+    measured = [(cost, title) for cost, title in _COSTS if _is_measured(table, cost)]
     return [
         reports.ScatterPlot(
             title=f"{title}: {score['name']} ({_direction(score)})",
@@ -136,8 +144,12 @@ def _costs(reports: Any, scores: Sequence[Mapping[str, Any]]) -> list[Any]:
             layout=_layout(reports, index, _HALF),
         )
         for score in scores[:1]
-        for index, (cost, title) in enumerate(_COSTS)
+        for index, (cost, title) in enumerate(measured)
     ]
+
+
+def _is_measured(table: Mapping[str, Any], cost: str) -> bool:
+    return any(cost in row["measurements"] for row in table["rows"])
 
 
 def _comparer(reports: Any) -> Any:
@@ -153,16 +165,21 @@ def _direction(score: Mapping[str, Any]) -> str:
     return "higher is better" if score["higher_is_better"] else "lower is better"
 
 
-def intervals_markdown(table: Mapping[str, Any]) -> str:
-    """The study's table in Markdown: mean and 95 % interval over seeds; with fewer than three seeds the mean alone."""
+def intervals_markdown(table: Mapping[str, Any], *, study: str | None = None) -> str:
+    """The study's table in Markdown: mean and 95 % interval over seeds; with fewer than three seeds the mean alone.
+
+    Below it: which settings have no time or memory to compare, and how `study` measures them.
+    """
     metrics = table["metrics"]
     names = [f"{one['name']} {'↑' if one['higher_is_better'] else '↓'}" for one in metrics]
     lines = [["setting", "seeds", *names], ["---", *("---:" for _ in range(len(metrics) + 1))]]
     for row in table["rows"]:
         cells = [_cell_text(row["metrics"][metric["name"]]) for metric in metrics]
-        lines.append([row["name"], f"{row['completed']} of {row['runs']}", *cells])
+        lines.append([row["name"], f"{row['trials_completed']} of {row['trials']}", *cells])
     text = "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
-    return f"{text}\n\nMean ± 95 % t interval over seeds; ↑ higher, ↓ lower is better."
+    lacking = [NotAlone(**{**one, "settings": tuple(one["settings"])}) for one in table["not_alone"]]
+    notes = ["Mean ± 95 % t interval over seeds; ↑ higher, ↓ lower is better.", *alone_sentences(lacking, study=study)]
+    return "\n\n".join([text, *map(_escaped, notes)])
 
 
 def _cell_text(cell: Mapping[str, Any]) -> str:

@@ -50,3 +50,5 @@ VECTOR_KINDS = ("ia3", "mov")
 PROMPT_KINDS = ("prompt_tuning", "p_tuning", "prefix_tuning")
 # They mix experts by a router.
 ROUTED_KINDS = ("mov", "molora", "loramoe", "mola")
+# Many of them can be trained at once on one frozen base, each on rows of its own (plan/cohorts.py).
+FUSED_KINDS = ("lora", "rslora", "lora_plus", "pissa", "olora", "dora", "ia3", "molora", "loramoe", "mola")

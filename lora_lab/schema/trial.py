@@ -7,9 +7,10 @@ that lists everything wrong with it.
 from __future__ import annotations
 
 import functools
+import json
 import re
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -25,13 +26,24 @@ from lora_lab.schema.method import Method
 from lora_lab.schema.model import Model
 from lora_lab.schema.optimization import Optimizer, Scheduler, Training
 from lora_lab.schema.problems import problems_of
-from lora_lab.schema.section import SEED_LIMIT, Count, Fraction, Natural, Positive, Section, Seed, Text
+from lora_lab.schema.section import (
+    SEED_LIMIT,
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Section,
+    Seed,
+    Text,
+)
+from lora_lab.schema.stopping import Stopping
 from lora_lab.schema.tracking import Tracking
 
 _ALPHA_WORDS = {"2r": 2.0, "r": 1.0, "r/2": 0.5}
 # Far beyond any use; a larger one is a slip of the keyboard that would only show as a diverged run.
 _ALPHA_LIMIT = 1_000_000
-_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 
 
 class Seeds(Section):
@@ -102,18 +114,67 @@ def _is_whole(value: object) -> typing.TypeGuard[int]:
 
 
 class LocalLaunch(Section):
-    """Runs one after another in this process. device: `auto` takes CUDA where there is one."""
+    """Runs in processes of this machine.
+
+    device: `auto` is every CUDA device there is, else the CPU. Of several, each gets a process of its own.
+    cohort: how many runs are trained together on one loaded base: `auto`, as many as memory holds; `off`, each alone;
+    or a number of seats. memory_fraction: of a device's free memory, what a cohort may fill. checkpoint_seconds:
+    between two checkpoints of a run in training; 0 is after every step. retries: further tries of a run that failed.
+    """
 
     kind: Literal["local"]
-    device: str
+    device: str | tuple[str, ...]
+    cohort: Literal["auto", "off"] | Count
+    memory_fraction: Annotated[Positive, Field(le=1)]
+    checkpoint_seconds: NonNegative
     retries: Natural
+    stopping: Stopping
 
-    @field_validator("device")
+    @field_validator("device", mode="before")
     @classmethod
-    def _is_device(cls, device: str) -> str:
-        if not _DEVICE.fullmatch(device):
-            raise ValueError(f'expected auto, cpu, cuda or cuda:N, got "{device[:100]}"')
+    def _is_device(cls, device: object) -> object:
+        if isinstance(device, (list, tuple)):
+            return _device_list(device)
+        expected = "expected auto, cpu, cuda or cuda:N"
+        if device is None:
+            raise ValueError(f"empty value (null); {expected}")
+        if not isinstance(device, str) or (device != "auto" and not _DEVICE.fullmatch(device)):
+            raise ValueError(f"{expected}, got {_shown(device)}, or a list of devices such as [cuda:0,cuda:1]")
         return device
+
+    @field_validator("cohort", mode="before")
+    @classmethod
+    def _is_cohort(cls, cohort: object) -> object:
+        if cohort is False:  # how YAML reads a bare `off`
+            return "off"
+        if cohort in ("auto", "off") or (_is_whole(cohort) and cohort >= 1):
+            return cohort
+        expected = "expected auto, off or a number of seats >= 1"
+        if cohort is None or cohort == "":
+            raise ValueError(f"empty value ({_shown(cohort)}); {expected}")
+        raise ValueError(f"{expected}, got {_shown(cohort)}")
+
+
+def _device_list(devices: Sequence[object]) -> tuple[object, ...]:
+    """Devices that get a process each. The CPU may stand there twice: its cores are shared out."""
+    expected = "expected a list of cpu, cuda or cuda:N"
+    if not devices:
+        raise ValueError(f"{expected}, got an empty list")
+    for one in devices:
+        if one == "auto":
+            raise ValueError("auto stands for all devices by itself, not in a list; launch.device=auto")
+        if not isinstance(one, str) or not _DEVICE.fullmatch(one):
+            raise ValueError(f"{expected}, got {_shown(one)} in it")
+    numbered = ["cuda:0" if one == "cuda" else one for one in devices]
+    twice = [one for one in numbered if one != "cpu" and numbered.count(one) > 1]
+    if twice:
+        raise ValueError(f"names {twice[0]} twice; two processes would count on the same memory")
+    return tuple(devices)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 class Lab(Section):

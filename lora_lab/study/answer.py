@@ -9,13 +9,14 @@ of many settings that are all equal, the one that came out best is chosen for it
 beats some other. Effects of axes are corrected for the number of effects looked at.
 
 A difference that is the same for every seed proves nothing (`effects.has_spread`), so it is not called established.
+A setting of which a search has stopped runs early is not compared at all (`SettingRow.incomparable`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from scipy import special
@@ -26,15 +27,16 @@ from lora_lab.study.interval import CONFIDENCE, Interval, t_interval
 from lora_lab.study.table import MetricColumn, SettingRow, SettingsTable
 
 # nothing_ended: no run has an outcome. none_completed: trained runs have outcomes, but no scores. only_base: nothing
-# trained was begun, or it still runs. no_score: completed runs lack the metric. few_seeds: no setting has three seeds.
-Case = Literal["nothing_ended", "none_completed", "only_base", "no_score", "few_seeds", "compared"]
+# trained was begun, or it still runs. no_score: completed runs lack the metric. cut_short: of every setting with a
+# score some runs were stopped early. few_seeds: no setting has three seeds.
+Case = Literal["nothing_ended", "none_completed", "only_base", "no_score", "cut_short", "few_seeds", "compared"]
 # How the best setting stands to another one, or to the base.
 Verdict = Literal["better", "worse", "open"]
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A setting's place. `interval` (95 %, over seeds) as in the table; `lost`: its runs that have no score (yet)."""
+    """A setting's place. `interval` (95 %, over seeds) as in the table; `lost`: its trials that have no score (yet)."""
 
     name: str
     setting: str
@@ -80,7 +82,8 @@ class Answer:
 
     `equals`: other settings whose mean is the very same as the best one's. `runner_up`: the next by mean. `beaten` and
     `ties`: names of the settings that the best one is, and is not, established to be better than; `not_compared`: those
-    with fewer than three seeds in common with it. `base`: the untouched base that belongs to the best setting.
+    with fewer than three seeds in common with it; `cut_short`: those that have a score and lost runs to early stopping,
+    which have no part in this. `base`: the untouched base that belongs to the best setting.
     `comparisons`, `effects_tested`: what was corrected for. `counts`: trained runs by status.
     """
 
@@ -94,6 +97,7 @@ class Answer:
     beaten: tuple[str, ...]
     ties: tuple[str, ...]
     not_compared: tuple[str, ...]
+    cut_short: tuple[str, ...]
     comparisons: int
     effect: Effect | None
     effects_tested: int
@@ -117,6 +121,7 @@ class Answer:
             "beaten": list(self.beaten),
             "ties": list(self.ties),
             "not_compared": list(self.not_compared),
+            "cut_short": list(self.cut_short),
             "comparisons": self.comparisons,
             "effects_tested": self.effects_tested,
             "axes_tested": list(self.axes_tested),
@@ -133,18 +138,19 @@ def answer_of(table: SettingsTable, effects: Sequence[Effect]) -> Answer:
         return _uncompared(_case_without_scores(table, counts, has_base=False), counts)
     column = table.columns[0]
     bases = [row for row in table.rows if row.is_base and row.cells[column.name].mean is not None]
-    scored = _ranked([row for row in trained if row.cells[column.name].mean is not None], column)
+    ranked = _ranked([row for row in trained if row.cells[column.name].mean is not None], column)
+    scored = [row for row in ranked if row.incomparable is None]
+    cut_short = tuple(row.name for row in ranked if row.incomparable is not None)
     if not scored:
         base = _standing(bases[0], column) if bases else None
-        return _uncompared(_case_without_scores(table, counts, has_base=bool(bases)), counts, column, base=base)
+        case = "cut_short" if cut_short else _case_without_scores(table, counts, has_base=bool(bases))
+        return _uncompared(case, counts, column, base=base, cut_short=cut_short)
     ready = [row for row in scored if row.cells[column.name].interval is not None]
     best = (ready or scored)[0]
-    base_row = _base_of(best, bases)
-    if not ready:
-        base = None if base_row is None else _standing(base_row, column)
-        equals = _equals(best, scored, column)
-        return _uncompared("few_seeds", counts, column, best=_standing(best, column), base=base, equals=equals)
-    return _compared(column, best, [row for row in scored if row is not best], base_row, effects, counts)
+    base_row, standing, equals = _base_of(best, bases), _standing(best, column), _equals(best, scored, column)
+    base = None if base_row is None else _standing(base_row, column)
+    led = _uncompared("few_seeds", counts, column, best=standing, base=base, equals=equals, cut_short=cut_short)
+    return _compared(led, column, best, [row for row in scored if row is not best], base_row, effects) if ready else led
 
 
 def _counts(table: SettingsTable, trained: Sequence[SettingRow]) -> dict[str, int]:
@@ -172,6 +178,7 @@ def _uncompared(
     best: Standing | None = None,
     base: Standing | None = None,
     equals: int = 0,
+    cut_short: tuple[str, ...] = (),
 ) -> Answer:
     return Answer(
         case=case,
@@ -184,6 +191,7 @@ def _uncompared(
         beaten=(),
         ties=(),
         not_compared=(),
+        cut_short=cut_short,
         comparisons=0,
         effect=None,
         effects_tested=0,
@@ -193,25 +201,22 @@ def _uncompared(
 
 
 def _compared(
+    led: Answer,
     column: MetricColumn,
     best: SettingRow,
     others: Sequence[SettingRow],
     base: SettingRow | None,
     effects: Sequence[Effect],
-    counts: dict[str, int],
 ) -> Answer:
     comparisons = len(others) + (base is not None)
     against = {row.setting: against_other(best, row, column, comparisons) for row in others}
     known = [one for one in against.values() if one is not None]
     tested = [effect for effect in effects if effect.metric == column.name and effect.interval is not None]
-    return Answer(
+    return replace(
+        led,
         case="compared",
-        metric=column,
-        best=_standing(best, column),
-        base=None if base is None else _standing(base, column),
         against_base=None if base is None else _against_base(best, base, column, comparisons),
         runner_up=known[0] if known else None,
-        equals=_equals(best, others, column),
         beaten=tuple(one.name for one in known if one.verdict == "better"),
         ties=tuple(one.name for one in known if one.verdict != "better"),
         not_compared=tuple(row.name for row in others if against[row.setting] is None),
@@ -219,7 +224,6 @@ def _compared(
         effect=_largest(tested),
         effects_tested=len(tested),
         axes_tested=tuple(dict.fromkeys(effect.axis for effect in tested)),
-        counts=counts,
     )
 
 
@@ -243,7 +247,7 @@ def _standing(row: SettingRow, column: MetricColumn) -> Standing:
         mean=cell.mean,
         interval=cell.interval,
         seeds=len(cell.points),
-        lost=row.runs - row.completed,
+        lost=row.trials - row.trials_completed,
     )
 
 

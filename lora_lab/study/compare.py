@@ -1,7 +1,8 @@
 """Two runs side by side: what was set differently, how the scores differ, and how sure that is.
 
 Differences are b - a. Where both runs scored the same examples the difference is paired: each example is its own
-control, so the spread between easy and hard examples drops out. The interval covers examples, not seeds.
+control, so the spread between easy and hard examples drops out. The interval covers examples, not seeds. What a run had
+reached when a search stopped it early is no score.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lora_lab.record.flat import dotted
-from lora_lab.record.result import Metric
+from lora_lab.record.result import Metric, Status
 from lora_lab.record.run_record import RunRecord
 from lora_lab.study.paired import Paired, paired_scores
 from lora_lab.study.settings import ABSENT
@@ -80,7 +81,7 @@ def compare_runs(a: RunRecord, b: RunRecord) -> Comparison:
             missing[name] = f"means different things: {x.unit} in a, {y.unit} in b"
         else:
             differences.append(MetricDifference(name, x.unit, x.higher_is_better, x.value, y.value))
-    paired, unpaired = paired_scores(a, b)
+    paired, unpaired = ([], {}) if _was_stopped(a) or _was_stopped(b) else paired_scores(a, b)
     return Comparison(
         a=a,
         b=b,
@@ -101,7 +102,11 @@ def configuration_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict
 
 
 def _metrics(record: RunRecord) -> dict[str, Metric]:
-    return {} if record.result is None else record.result.metrics
+    return {} if record.result is None or _was_stopped(record) else record.result.metrics
+
+
+def _was_stopped(record: RunRecord) -> bool:
+    return record.state == Status.STOPPED
 
 
 def _identity(record: RunRecord) -> dict[str, Any]:

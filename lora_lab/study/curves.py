@@ -1,12 +1,10 @@
 """Learning curves from the step logs: of one run, and of a setting as the mean over seeds with its band.
 
-A long run is thinned by averaging over equal bins of steps: losses weighted by their tokens, speed as tokens over
-seconds, all else plainly. A value that is not finite ends its curve; one that a step does not have is absent.
+A long run is thinned (`series.py`). A run that was trained in a cohort has no speed of its own.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_lab.errors import LabError
+from lora_lab.record.cohort_facts import is_together
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
-from lora_lab.record.step_log import NONFINITE, read_steps
+from lora_lab.record.step_log import read_steps
 from lora_lab.study.interval import t_quantile
+from lora_lab.study.series import SPEED, Series, series_of
 from lora_lab.study.settings import is_base
 from lora_lab.study.table import SettingRow
 
@@ -27,24 +27,8 @@ Band = Literal["interval", "range"]
 Array = NDArray[np.float64]
 
 _SEEDS_FOR_INTERVAL = 3
-_DRAWN = (Status.COMPLETED, Status.DIVERGED, "RUNNING")
-_SPEED = "tokens_per_second"
-# What these two take from a line; the second of each is the weight in a bin. All other keys are plain values.
-_NEEDED = {"loss": ("loss", "loss_tokens"), _SPEED: ("tokens", "seconds")}
-_NONFINITE_TEXTS = ("NaN", "Infinity", "-Infinity")
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """Values by step, ascending. `ended`: which value that is not finite cut it off, and where."""
-
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
-    ended: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        return {"steps": list(self.steps), "values": list(self.values), "ended": self.ended}
+_DRAWN = (Status.COMPLETED, Status.DIVERGED, Status.STOPPED, "RUNNING")
+_NO_OWN_SPEED = "runs trained in cohorts have no speed of their own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +57,7 @@ class SettingCurve:
     """A setting's mean over its completed seeds, at the steps that all of them have; empty where none completed.
 
     `band`: what `low` and `high` are: the 95 % t `interval` from three seeds on, the `range` of two, None (and no ends)
-    below. `runs` has every curve, those of diverged and running runs included.
+    below. `runs` has every curve, those of diverged, stopped and running runs included.
     """
 
     setting: str
@@ -122,7 +106,7 @@ def setting_curves(
 ) -> tuple[list[SettingCurve], list[str]]:
     """The curves of these settings, in their order, and why runs have none. Settings without any curve are left out.
 
-    Completed, diverged and running runs are drawn. Only completed ones enter a mean, a trial that was repeated once.
+    Completed, diverged, stopped and running runs are drawn. Only completed ones enter a mean, a repeated trial once.
     """
     by_setting: dict[str, list[RunRecord]] = {row.setting: [] for row in rows if not row.is_base}
     reasons: list[str] = []
@@ -146,11 +130,23 @@ def _drawn(records: Sequence[RunRecord], key: str, points: int) -> tuple[list[tu
     """The runs of a setting that have a curve, all in the same bins, and why others have none."""
     read = [(record, *_lines_of(record)) for record in records]
     width = max((_bin_width(lines, points) for _, lines, _ in read), default=1)
-    curves = [(record, _run_curve(record, lines, missing, (key,), width)) for record, lines, missing in read]
-    reasons = [
-        f"{record.name}: {curve.missing or f'no {key} in its step log'}" for record, curve in curves if not curve.series
-    ]
-    return [(record, curve) for record, curve in curves if curve.series], reasons
+    drawn: list[tuple[RunRecord, RunCurve]] = []
+    reasons: list[str] = []
+    for record, lines, missing in read:
+        curve = _run_curve(record, lines, missing, (key,), width)
+        if key == SPEED and _shares_time(record, lines):
+            reasons.append(_NO_OWN_SPEED)
+        elif curve.series:
+            drawn.append((record, curve))
+        else:
+            reasons.append(f"{record.name}: {curve.missing or f'no {key} in its step log'}")
+    return drawn, reasons
+
+
+def _shares_time(record: RunRecord, lines: Mapping[int, Mapping[str, Any]]) -> bool:
+    """In a cohort steps have no seconds of their own; a run that went on alone has some, which are not all of it."""
+    is_member = record.result is not None and is_together(record.result)
+    return is_member or (bool(lines) and not any("seconds" in line for line in lines.values()))
 
 
 def _lines_of(record: RunRecord) -> tuple[dict[int, Mapping[str, Any]], str | None]:
@@ -187,69 +183,9 @@ def _run_curve(
     keys: Sequence[str],
     width: int,
 ) -> RunCurve:
-    found = {key: _series(lines, key, width) for key in keys}
+    found = {key: series_of(lines, key, width) for key in keys}
     series = {key: one for key, one in found.items() if one.steps or one.ended}
     return RunCurve(record.run_id, record.name, str(record.state), series, missing)
-
-
-def _series(lines: Mapping[int, Mapping[str, Any]], key: str, width: int) -> Series:
-    entries: list[tuple[int, float, float]] = []
-    ended = None
-    last = max(lines, default=0)
-    for step, line in lines.items():
-        bad = _nonfinite(line, key)
-        if bad is not None:
-            ended, last = f"{bad} at step {step}", step - 1
-            break
-        entry = _entry(line, key)
-        if entry is not None:
-            entries.append((step, *entry))
-    steps: list[int] = []
-    values: list[float] = []
-    for place, group in itertools.groupby(entries, key=lambda entry: (entry[0] - 1) // width):
-        steps.append(min((place + 1) * width, last))
-        values.append(_mean([(value, weight) for _, value, weight in group]))
-    return Series(tuple(steps), tuple(values), ended)
-
-
-def _nonfinite(line: Mapping[str, Any], key: str) -> str | None:
-    """How a value that the curve needs fails to be finite in this line."""
-    named = line.get(NONFINITE)
-    for needed in _NEEDED.get(key, (key,)):
-        if isinstance(named, Mapping) and needed in named:
-            return str(named[needed]) if named[needed] in _NONFINITE_TEXTS else "not finite"
-        value = _number(line.get(needed))
-        if value is not None and not math.isfinite(value):
-            return "not finite"
-    return None
-
-
-def _entry(line: Mapping[str, Any], key: str) -> tuple[float, float] | None:
-    """Value and weight; None where the line lacks one, or where there is nothing to weigh it by."""
-    if key not in _NEEDED:
-        value = _number(line.get(key))
-        return None if value is None else (value, 1.0)
-    first, second = (_number(line.get(needed)) for needed in _NEEDED[key])
-    if first is None or second is None or second <= 0:
-        return None
-    return (first / second if key == _SPEED else first), second
-
-
-def _number(value: object) -> float | None:
-    """JSON has integers that no float can hold; such a one is not finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _mean(weighted: Sequence[tuple[float, float]]) -> float:
-    if len(weighted) == 1:
-        return weighted[0][0]
-    total = math.fsum(weight for _, weight in weighted)
-    return math.fsum(value * (weight / total) for value, weight in weighted)
 
 
 def _setting_curve(row: SettingRow, drawn: Sequence[tuple[RunRecord, RunCurve]], key: str) -> SettingCurve:

@@ -3,7 +3,8 @@
 Assumed: runs of equal seed belong together. They see the same data in the same order and draw from the same generators,
 so what a seed does to both sides drops out of the difference. (Weights of different shapes start differently all the
 same; pairing then gains less, and is no less valid.) The interval covers seeds, on these settings and these examples;
-it says nothing about other settings, and is not corrected for the number of effects looked at.
+it says nothing about other settings, and is not corrected for the number of effects looked at. Settings of which a
+search has stopped runs early have no part in it (`SettingRow.incomparable`).
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def effects_of(table: SettingsTable, axes: SweptAxes, metric: str) -> tuple[Effe
     names = [column.name for column in table.columns]
     if metric not in names:
         raise InputError(Problem("metric", f'the table has no "{metric}"' + nearest(metric, names)))
-    scores = {row.setting: scores_by_seed(row.cells[metric]) for row in table.rows if not row.is_base}
+    compared = [row for row in table.rows if not row.is_base and row.incomparable is None]
+    scores = {row.setting: scores_by_seed(row.cells[metric]) for row in compared}
     return tuple(effect for axis in axes.axes for effect in _axis_effects(axes, axis, metric, scores))
 
 
@@ -166,10 +168,6 @@ def _effect(
 ) -> Effect:
     seeds, used = _complete(pairs, scores)
     per_seed = {seed: statistics.fmean(scores[high][seed] - scores[low][seed] for low, high in used) for seed in seeds}
-    if per_seed:
-        missing = None
-    else:
-        missing = "no seed has a score on both sides" if pairs else f"no two settings differ in {axis.name} alone"
     return Effect(
         axis=axis.name,
         low=axis.values[places[0]],
@@ -182,8 +180,16 @@ def _effect(
         left_out=len(pairs) - len(used),
         along=axes.along(axis, used or pairs),
         is_whole_range=is_whole_range,
-        missing=missing,
+        missing=None if per_seed else _why_missing(axis, pairs, scores),
     )
+
+
+def _why_missing(axis: Axis, pairs: Sequence[Pair], scores: Mapping[str, Mapping[int, float]]) -> str:
+    if not pairs:
+        return f"no two settings differ in {axis.name} alone"
+    if not any(low in scores and high in scores for low, high in pairs):
+        return "runs of one side were stopped early"
+    return "no seed has a score on both sides"
 
 
 def _complete(pairs: Sequence[Pair], scores: Mapping[str, Mapping[int, float]]) -> tuple[list[int], list[Pair]]:

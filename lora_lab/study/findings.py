@@ -11,6 +11,7 @@ from lora_lab.record.run_record import RunRecord
 from lora_lab.record.study_folder import StudyRecord
 from lora_lab.study.answer import Answer, answer_of
 from lora_lab.study.axes import SweptAxes, swept_axes
+from lora_lab.study.cohorts import Cohort, cohorts_of
 from lora_lab.study.effects import Effect, effects_of
 from lora_lab.study.ranking import Ranking, ranking_of
 from lora_lab.study.table import SettingsTable, settings_table
@@ -26,9 +27,10 @@ class Findings:
     effects: tuple[Effect, ...]
     answer: Answer
     ranking: Ranking
+    cohorts: tuple[Cohort, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Table, axes, effects, answer and ranking; the runs by their ids."""
+        """Table, axes, effects, answer, ranking and cohorts; the runs by their ids."""
         return {
             "runs": [record.run_id for record in self.records],
             "answer_parts": self.answer.to_json(),
@@ -36,6 +38,7 @@ class Findings:
             "axes": self.axes.to_json(),
             "effects": [effect.to_json() for effect in self.effects],
             "ranking": self.ranking.to_json(),
+            "cohorts": [cohort.to_json() for cohort in self.cohorts],
         }
 
 
@@ -54,4 +57,5 @@ def findings_of(records: Iterable[RunRecord], *, metrics: Sequence[str] | None) 
     table = settings_table(every, metrics=metrics)
     axes = swept_axes(every)
     effects = tuple(effect for column in table.columns for effect in effects_of(table, axes, column.name))
-    return Findings(every, table, axes, effects, answer_of(table, effects), ranking_of(every, table))
+    answer, ranking = answer_of(table, effects), ranking_of(every, table)
+    return Findings(every, table, axes, effects, answer, ranking, cohorts_of(every))

@@ -5,7 +5,8 @@ gradients and the peak on one counted step on the longest rows. At the end of a 
 the peak is never less than their sum. The rest is what the peak has on top: activations and temporaries. Where the peak
 is reached before the backward pass has made all gradients, activations are larger than the rest by those still to come.
 
-On CUDA the peak is the allocator's and gradients are not counted, so the parts are missing there.
+On CUDA the peak is the allocator's and gradients are not counted, so the parts are missing there. The peak of a cohort
+is no run's own (`cost.comparable_runs`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from lora_lab.record.result import Result, Status
 from lora_lab.record.run_record import RunRecord
+from lora_lab.study.cost import comparable_runs
 from lora_lab.study.table import SettingRow
 
 REST = "activation_and_temporary_bytes"
@@ -69,14 +71,15 @@ def memory_parts(records: Iterable[RunRecord], row: SettingRow) -> MemoryParts |
     if row.is_base:
         return None
     completed = [
-        record.result
+        (record, record.result)
         for record in records
         if record.setting == row.setting and record.result is not None and record.state == Status.COMPLETED
     ]
-    peaks = [result for result in completed if _PEAK in result.measurements]
+    own, why = comparable_runs(completed, _PEAK)
+    peaks = [result for _, result in own if _PEAK in result.measurements]
     if not peaks:
-        reasons = [result.missing[_PEAK] for result in completed if _PEAK in result.missing]
-        missing = reasons[0] if reasons else "the peak was not measured" if completed else "no completed run"
+        reasons = [result.missing[_PEAK] for _, result in own if _PEAK in result.missing]
+        missing = "no completed run" if not completed else why or (reasons or ["the peak was not measured"])[0]
         return MemoryParts(row.name, row.setting, None, None, None, None, {}, missing)
     return _parts_of(row, max(peaks, key=lambda result: result.measurements[_PEAK]))
 

@@ -80,8 +80,10 @@ def pareto_front(table: SettingsTable, metric: str, cost: str) -> ParetoFront:
         score, spent = row.cells[metric].mean, _cost(row, cost)
         if score is None:
             missing[row.setting] = f"no {metric}: {row.cells[metric].missing}"
+        elif row.incomparable is not None:
+            missing[row.setting] = row.incomparable
         elif spent is None:
-            missing[row.setting] = f"no {cost}: {_why_no_cost(row, cost)}"
+            missing[row.setting] = f"no {cost}: {row.why_no_cost(cost)}"
         else:
             found.append(ParetoPoint(row.name, row.setting, row.is_base, spent, score, on_front=False))
     sign = -1 if higher_is_better else 1
@@ -91,12 +93,6 @@ def pareto_front(table: SettingsTable, metric: str, cost: str) -> ParetoFront:
 
 def _cost(row: SettingRow, cost: str) -> float | int | None:
     return row.trainable_parameters if cost == _PARAMETERS else row.cost.get(cost)
-
-
-def _why_no_cost(row: SettingRow, cost: str) -> str:
-    if not row.completed:
-        return "no completed run"
-    return row.missing.get(cost, "nothing is trained" if row.is_base else "not measured")
 
 
 def _with_front(points: list[ParetoPoint], sign: int) -> list[ParetoPoint]:

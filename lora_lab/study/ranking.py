@@ -18,7 +18,7 @@ from typing import Any, Literal
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
 from lora_lab.study.answer import Against, against_other
-from lora_lab.study.cost import CompletedRun, machines_of, timed_runs
+from lora_lab.study.cost import CompletedRun, comparable_runs, machines_of, timed_runs
 from lora_lab.study.settings import setting_values, unique_names
 from lora_lab.study.table import Cell, MetricColumn, Point, SettingRow, SettingsTable, cell_of, seed_of
 
@@ -28,6 +28,7 @@ _TIME = "train_seconds"
 # How a ranked contender stands to the first. open: it cannot be told apart; ahead: better on the seeds in common though
 # not in its mean, which covers other seeds too; not_compared: fewer than three seeds in common.
 Stand = Literal["first", "behind", "open", "ahead", "not_compared"]
+_NO_WHOLE_RATE = "runs of every rate that has a score were stopped early"
 _STANDS: dict[str, Stand] = {"better": "behind", "open": "open", "worse": "ahead"}
 
 
@@ -150,15 +151,20 @@ def _without_rate(record: RunRecord) -> dict[str, Any]:
 
 
 def _group(rows: tuple[tuple[SettingRow, float | None], ...], column: MetricColumn | None) -> _Group:
-    """Picks the best rate: among those of which no run diverged and that have the most seeds, the best mean.
+    """Picks the best rate: among those of which no run diverged or was stopped early and that have the most seeds, the
+    best mean.
 
-    A rate that lost a seed could win by losing the worst; where only one was given there is nothing to pick.
+    A rate that lost a seed could win by losing the worst. Where only one was given there is nothing to pick, but one
+    with stopped runs stands for nothing either: its mean is compared with no other.
     """
     settings = [row for row, _ in rows]
     scored = [] if column is None else [row for row in settings if row.cells[column.name].points]
     if column is None or not scored:
         return _Group(rows, settings[0], "no score")
-    steady = [row for row in scored if not row.statuses.get(Status.DIVERGED.value)] if len(rows) > 1 else scored
+    whole = [row for row in scored if row.incomparable is None]
+    if not whole:
+        return _Group(rows, settings[0], scored[0].incomparable if len(rows) == 1 else _NO_WHOLE_RATE)
+    steady = [row for row in whole if not row.statuses.get(Status.DIVERGED.value)] if len(rows) > 1 else whole
     if not steady:
         return _Group(rows, settings[0], "no rate without a diverged run has a score")
     most = max(len(row.cells[column.name].points) for row in steady)
@@ -183,7 +189,8 @@ def _contender(group: _Group, name: str, completed: Sequence[CompletedRun], colu
     is_shown = group.unranked is None or len(group.rows) == 1
     rate = {one.setting: rate for one, rate in group.rows}[row.setting] if group.unranked is None else None
     why = group.unranked or "no score"
-    memory = [int(result.measurements[_MEMORY]) for _, result in completed if _MEMORY in result.measurements]
+    measured, _ = comparable_runs(completed, _MEMORY)
+    memory = [int(result.measurements[_MEMORY]) for _, result in measured if _MEMORY in result.measurements]
     return Contender(
         name=name,
         setting=row.setting,
@@ -225,7 +232,7 @@ def _machines(found: Sequence[Contender], completed: Sequence[Sequence[Completed
 
 def _comparisons(table: SettingsTable, column: MetricColumn) -> int:
     """As many as `answer` makes: of one setting with all others that have a score, and with the base if it has one."""
-    scored = [row for row in table.rows if row.cells[column.name].points]
+    scored = [row for row in table.rows if row.cells[column.name].points and row.incomparable is None]
     return sum(not row.is_base for row in scored) - 1 + any(row.is_base for row in scored)
 
 

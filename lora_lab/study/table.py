@@ -1,7 +1,8 @@
 """The table of a study: one row per setting, averaged over seeds, with everything that could not be averaged counted.
 
-Only completed runs enter a mean. A diverged or failed run is shown by its count and reason. Scores of a trial that was
-measured several times (`repeat`) count once, since they are the same; its times all count.
+Only completed runs enter a mean. A diverged, stopped or failed run is shown by its count and reason. Scores count
+whichever way a run was executed, and those of a trial that was measured several times (`repeat`) once, since they are
+the same; of its times all count that were measured alone.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.record.cohort_facts import is_alone
 from lora_lab.record.result import Metric, Result, Status
 from lora_lab.record.run_record import RunRecord
+from lora_lab.study.alone import NotAlone, not_alone
 from lora_lab.study.cost import cost_of
 from lora_lab.study.interval import Interval, t_interval
 from lora_lab.study.settings import is_base, setting_values, unique_names, varying_keys
@@ -68,14 +71,20 @@ class MetricColumn:
 
 @dataclass(frozen=True, slots=True)
 class SettingRow:
-    """One setting. `axes`: its values of the keys that vary in the table. `cost`: bytes (the largest over seeds) and
-    seconds (the median over seeds, runs executed alone only); `missing` says why a cost is absent."""
+    """One setting. `axes`: its values of the keys that vary in the table. `trials`, `trials_completed`: how many trials
+    its runs are of, repeats of one counting once. `runs_alone`: completed runs that were executed alone; `last_repeat`:
+    the largest number of a repeat that completed. `cost`: bytes (the largest over runs) and seconds (the median over
+    runs executed alone), see `cost.py`; `missing` says why a cost is absent."""
 
     name: str
     setting: str
     is_base: bool
     axes: dict[str, Any]
     statuses: dict[str, int]
+    trials: int
+    trials_completed: int
+    runs_alone: int
+    last_repeat: int
     reasons: tuple[str, ...]
     trainable_parameters: int | None
     total_parameters: int | None
@@ -94,6 +103,25 @@ class SettingRow:
         """How many of them ended with scores."""
         return self.statuses.get(Status.COMPLETED.value, 0)
 
+    def why_no_cost(self, name: str) -> str:
+        """Why a cost of that name (`trainable_parameters` is one too) is absent."""
+        if not self.completed:
+            return "no completed run"
+        return self.missing.get(name, "nothing is trained" if self.is_base else "not measured")
+
+    @property
+    def stopped(self) -> int:
+        """How many of them the rule of a search has stopped early."""
+        return self.statuses.get(Status.STOPPED.value, 0)
+
+    @property
+    def incomparable(self) -> str | None:
+        """Why its scores are compared with no other setting's; None where they may be.
+
+        A rule ends the runs with the worse scores, so the mean of those it has left flatters the setting.
+        """
+        return f"{self.stopped} of {self.runs} runs were stopped early" if self.stopped else None
+
     def to_json(self) -> dict[str, Any]:
         """All fields, metrics by name."""
         return {
@@ -103,6 +131,9 @@ class SettingRow:
             "axes": self.axes,
             "runs": self.runs,
             "completed": self.completed,
+            "trials": self.trials,
+            "trials_completed": self.trials_completed,
+            "runs_alone": self.runs_alone,
             "statuses": self.statuses,
             "reasons": list(self.reasons),
             "trainable_parameters": self.trainable_parameters,
@@ -123,6 +154,11 @@ class SettingsTable:
     numerics_version: int | None
     problems: tuple[str, ...]
 
+    @property
+    def not_alone(self) -> tuple[NotAlone, ...]:
+        """For time and memory, the settings that have none to compare since none of their runs was made alone."""
+        return not_alone(self.rows)
+
     def to_json(self) -> dict[str, Any]:
         """The table as JSON values."""
         return {
@@ -132,6 +168,7 @@ class SettingsTable:
                 for c in self.columns
             ],
             "rows": [row.to_json() for row in self.rows],
+            "not_alone": [one.to_json() for one in self.not_alone],
             "problems": list(self.problems),
         }
 
@@ -211,6 +248,10 @@ def _row(
         is_base=is_base(records[0].trial),
         axes=axes,
         statuses=dict(Counter(str(record.state) for record in records)),
+        trials=len({record.header.fingerprint for record in records if record.header is not None}),
+        trials_completed=len({result.fingerprint for _, result in completed}),
+        runs_alone=sum(is_alone(result) for _, result in completed),
+        last_repeat=max((result.repeat for _, result in completed), default=0),
         reasons=tuple(f"{record.name}: {reason}" for record in records if (reason := _reason(record))),
         trainable_parameters=_common([result.trainable_parameters for result in results]),
         total_parameters=_common([result.total_parameters for result in results]),

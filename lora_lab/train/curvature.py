@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
-from lora_lab.data.batches import Batch
-from lora_lab.models.loss_token_logits import LossTokenHead
 from lora_lab.optim.sophia import gauss_newton_bartlett
 from lora_lab.schema.optimization import Sophia
 from lora_lab.schema.trial import Trial
@@ -45,12 +44,9 @@ def curvature_of(trial: Trial) -> CurvatureSchedule | None:
     return CurvatureSchedule(optimizer.estimate_interval, trial.seeds.dropout)
 
 
-def estimate_curvature(member: Member, head: LossTokenHead, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
-    """A forward and a backward pass beside the step's own, told to `optimizer`; the step's gradients stay."""
+def estimate_curvature(member: Member, logits: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Tells `optimizer` an estimate from `logits` [loss tokens, vocabulary], with graph; gradients stay as they are."""
     assert member.curvature is not None
-    if member.dropout_clock is not None:
-        member.dropout_clock.step, member.dropout_clock.micro_batch = member.step, 0
-    logits = head(input_ids=batch.input_ids, attention_mask=batch.attention_mask, loss_mask=batch.loss_mask)
     generator = torch.Generator(device=logits.device).manual_seed(_label_seed(member.curvature.seed, member.step))
     parameters = member.active_parameters
     estimates = gauss_newton_bartlett(logits, parameters, generator)

@@ -6,11 +6,12 @@ without changing another.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lora_lab.adapters.attach import Attached
@@ -24,6 +25,7 @@ from lora_lab.plan.steps import learning_rate_multiplier, steps_of
 from lora_lab.schema.trial import Trial
 from lora_lab.schema.weight_methods import Galore
 from lora_lab.train.curvature import CurvatureSchedule, curvature_of
+from lora_lab.train.forward import MicroBatch
 from lora_lab.train.projection import projected
 
 
@@ -31,7 +33,8 @@ from lora_lab.train.projection import projected
 class StepRecord:
     """One optimizer step, as it goes to the step log. Losses are in nats per loss token, seconds are wall clock.
 
-    loss: the language model's alone. auxiliary: other losses by name, before their weights.
+    loss: the language model's alone. auxiliary: other losses by name, before their weights. seconds: None where the
+    time was shared with other members. padded_tokens: all that were computed.
     """
 
     step: int
@@ -41,13 +44,46 @@ class StepRecord:
     tokens: int
     loss_tokens: int
     padded_tokens: int
-    seconds: float
+    seconds: float | None
     auxiliary: Mapping[str, float] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:
         """Every number of the step by name, as the step log has them."""
         own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "auxiliary"}
-        return {**own, **self.auxiliary}
+        return {name: value for name, value in {**own, **self.auxiliary}.items() if value is not None}
+
+
+@dataclass(slots=True)
+class OpenStep:
+    """A step that is being gathered. work: its micro-batches; done: how many of them have been through.
+
+    loss, auxiliary: so far; the latter stay on their device until the step is complete.
+    """
+
+    work: list[MicroBatch]
+    done: int = 0
+    loss: float = 0.0
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+    loss_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Counts what the whole step's loss is divided by."""
+        self.loss_tokens = sum(one.loss_tokens for one in self.work)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all micro-batches have been through."""
+        return self.done == len(self.work)
+
+    @property
+    def last(self) -> MicroBatch:
+        """The micro-batch that has been through last."""
+        return self.work[self.done - 1]
+
+    def add_auxiliary(self, name: str, value: Tensor) -> None:
+        """A further part of the auxiliary loss `name`."""
+        self.auxiliary[name] = self.auxiliary[name] + value if name in self.auxiliary else value
 
 
 @dataclass(slots=True)
@@ -76,11 +112,28 @@ class Member:
     step: int = 0
     diverged: str | None = None
     records: list[StepRecord] = field(default_factory=list)
+    open_step: OpenStep | None = None
 
     @property
     def is_active(self) -> bool:
         """Whether there are steps left to take."""
         return self.diverged is None and self.step < self.total_steps
+
+    @property
+    def opened(self) -> OpenStep:
+        """The step that is being gathered; an AssertionError where there is none."""
+        assert self.open_step is not None
+        return self.open_step
+
+    def set_clock(self, micro_batch: int) -> None:
+        """Moves the member's dropout to a micro-batch of the present step."""
+        if self.dropout_clock is not None:
+            self.dropout_clock.step, self.dropout_clock.micro_batch = self.step, micro_batch
+
+    def abandon_step(self) -> None:
+        """Forgets what was gathered of the open step, which begins anew."""
+        self.open_step = None
+        self.optimizer.zero_grad(set_to_none=True)
 
     @property
     def active_parameters(self) -> list[nn.Parameter]:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_lab.data.batches import collate
 from lora_lab.memory.live_bytes import LiveBytes, model_tensors, storage_bytes
-from lora_lab.models.loss_token_logits import loss_token_logits
 from lora_lab.optim.optimizers import state_tensors
 from lora_lab.train.curvature import estimate_curvature
-from lora_lab.train.loop import accumulate, clip
-from lora_lab.train.member import Member
+from lora_lab.train.forward import Forward, MicroBatch
+from lora_lab.train.loop import clip, gather
+from lora_lab.train.member import Member, OpenStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,32 +28,35 @@ class Probe:
     gradient_bytes: int
 
 
-def probe_step(model: nn.Module, member: Member, *, pad_id: int, device: torch.device) -> Probe:
+def probe_step(forward: Forward, model: nn.Module, member: Member) -> Probe:
     """Counts a step as every one from the second on is: weights, optimizer state, gradients, activations.
 
-    With several micro-batches a step the gradients of the earlier ones are alive already; so they are here. Of Sophia
-    it is a step with an estimate. Of GaLore it is one between two renewals: what the SVD of a matrix takes is left out.
+    model: the member's own, whose tensors are alive; no other member takes part. With several micro-batches a step the
+    gradients of the earlier ones are alive already; so they are here. Of Sophia it is a step with an estimate. Of
+    GaLore it is one between two renewals: what the SVD of a matrix takes is left out.
     """
-    model.train()
     parameters = member.active_parameters
     weights = [parameter.detach().clone() for parameter in parameters]
     optimizer = member.build_optimizer()
+    batch = MicroBatch(member.name, [member.examples[index] for index in member.batches.longest_micro_batch()])
     try:
         _zero_gradients(member)
         optimizer.step()  # creates the state
         if len(member.batches.step(0)) == 1:
             optimizer.zero_grad(set_to_none=True)
-        batch = collate([member.examples[index] for index in member.batches.longest_micro_batch()], pad_id, device)
         baseline = [*model_tensors(model), *_gradients(member), *state_tensors(optimizer)]
-        with LiveBytes(baseline) as counter, loss_token_logits(model) as head:
+        with LiveBytes(baseline) as counter:
             if member.curvature is not None:
-                estimate_curvature(member, head, batch, optimizer)
-            accumulate(member, head, [batch], loss_tokens=int(batch.loss_mask.sum()))
+                member.set_clock(0)
+                estimate_curvature(member, forward.logits(batch), optimizer)
+            member.open_step = OpenStep([batch])
+            gather(forward, [member])
             clip(member)
             gradient_bytes = storage_bytes(_gradients(member))
             optimizer.step()
         return Probe(counter.peak_bytes, gradient_bytes)
     finally:
+        member.open_step = None
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for parameter, weight in zip(parameters, weights, strict=True):

@@ -23,13 +23,15 @@ import torch
 from hydra.types import RunMode
 
 from lora_lab.adapters.attach import attach
+from lora_lab.adapters.cohort.trunk import Trunk
 from lora_lab.app.compose import Composer, config_loader
 from lora_lab.data.encode import Encoded, encode_rows
 from lora_lab.data.sources import load_rows
 from lora_lab.models.load import load_base
-from lora_lab.models.loss_token_logits import loss_token_logits
+from lora_lab.models.shared_copy import shared_copy
 from lora_lab.schema.trial import LAB_KEYS, Trial, read_trial
-from lora_lab.train.loop import take_step
+from lora_lab.train.forward import Together
+from lora_lab.train.loop import tick
 from lora_lab.train.member import member_of
 from tests.benchmarks.machine_speed import product_gflops
 
@@ -48,15 +50,12 @@ def a_trial() -> Trial:
 def lab_stepper(trial: Trial, cache: Path) -> Callable[[], int]:
     """One step of the lab's loop per call; returns its real tokens."""
     base = load_base(trial.model, precision="fp32", quantization=trial.quantization, device=CPU, cache=cache)
-    attached = attach(base.model, trial)
-    member = member_of(trial, attached, rows_of(trial, base.tokenizer, cache), name="lab")
+    attached = attach(shared_copy(base.model), trial)
     attached.model.train()
-
-    def step() -> int:
-        with loss_token_logits(attached.model) as head:
-            return take_step(member, head, pad_id=base.tokenizer.pad_token_id, device=CPU).tokens
-
-    return step
+    member = member_of(trial, attached, rows_of(trial, base.tokenizer, cache), name="lab")
+    trunk = Trunk(base.model)
+    trunk.join(member.name, attached.model)
+    return lambda: tick(Together(trunk), [member], on_step=lambda *_: None, timed=True)
 
 
 def plain_stepper(trial: Trial, cache: Path) -> Callable[[], int]:

@@ -20,8 +20,8 @@ from lora_lab.app.cli import main
 from lora_lab.record.result import Result, Status
 from lora_lab.record.run_record import RunRecord
 from lora_lab.record.step_log import read_steps
-from lora_lab.train import loop
 from tests.journey.program import Answer, Lab, lines_of, metrics_of, own_logging, wait_until
+from tests.stepping import poison
 
 # Four trials, long enough for a signal to meet one in the middle of its training.
 SWEEP = ("-m", "rank=4,8", "seed=0,1", "training.max_steps=100", "dropout=0.1")
@@ -279,12 +279,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 
 
 def _poison(monkeypatch: pytest.MonkeyPatch, *, step: int) -> None:
-    clean = loop.accumulate
-
-    def poisoned(member: Any, *args: Any, **kwargs: Any) -> float:
-        return float("nan") if member.step == step else clean(member, *args, **kwargs)
-
-    monkeypatch.setattr(loop, "accumulate", poisoned)
+    poison(monkeypatch, lambda member: member.step == step)
 
 
 def test_a_diverged_run_is_not_averaged_with_its_setting(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

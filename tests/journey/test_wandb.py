@@ -19,8 +19,8 @@ from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
 from lora_lab.record.step_log import read_steps
 from lora_lab.record.wandb_process import CopyProcess, Destination
-from lora_lab.train import loop
 from tests.journey.program import Answer, Lab, call, lines_of, process_environment, python, wait_until
+from tests.stepping import poison
 from tests.unit.ledger_samples import claim, ended, loss, trial_of
 from tests.wandb_log import LoggedRun, offline_runs
 from tests.wandb_server import API_KEY, StandIn, StoredRun, stand_in_server
@@ -107,13 +107,7 @@ def test_a_sweep_is_copied_row_by_row(lab: Lab, capfd: pytest.CaptureFixture[str
 
 
 def test_nan_is_a_gap_and_the_end_of_a_diverged_run(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    clean = loop.accumulate
-    poisoned = [float("nan")]
-
-    def accumulate(member: Any, *args: Any, **kwargs: Any) -> float:
-        return poisoned[0] if member.step == 2 else clean(member, *args, **kwargs)
-
-    monkeypatch.setattr(loop, "accumulate", accumulate)
+    poison(monkeypatch, lambda member: member.step == 2)
     assert lab.run("training.max_steps=5", "tracking=offline").code == 3
     record = lab.only()
     assert record.state == Status.DIVERGED

@@ -21,16 +21,16 @@ from lora_lab.app.compose import Composer
 from lora_lab.app.planning import make_plan
 from lora_lab.app.request import Request
 from lora_lab.errors import InputError
-from lora_lab.models.loss_token_logits import loss_token_logits
 from lora_lab.plan.counts import counts_of
 from lora_lab.plan.steps import budget_phases, steps_of
 from lora_lab.schema.trial import Trial
-from lora_lab.train.loop import take_step, train
+from lora_lab.train.loop import train
 from lora_lab.train.member import Member, member_of
 from tests.conftest import MakeTrial
 from tests.journey.program import TINY
 from tests.parity.test_lora_family import IDS, logits
 from tests.parity.test_train_loop import CPU, ragged_rows
+from tests.stepping import take_step
 from tests.unit.test_adapters_attach import load
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -385,5 +385,4 @@ def test_the_rank_numbers_stay_frozen(make_trial: MakeTrial, cache: Path, precis
 
 
 def take_step_of(attached: Attached, member: Member) -> None:
-    with loss_token_logits(attached.model) as head:
-        take_step(member, head, pad_id=256, device=CPU)
+    take_step(attached.model, member)

@@ -25,18 +25,18 @@ from lora_lab.data.batches import Batch, collate
 from lora_lab.data.encode import Encoded
 from lora_lab.errors import InputError
 from lora_lab.launch.local import run_jobs
-from lora_lab.models.loss_token_logits import loss_token_logits
 from lora_lab.plan.counts import counts_of
 from lora_lab.record.layer_log import read_observations
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.step_log import read_steps
 from lora_lab.report.progress import Progress
 from lora_lab.schema.trial import Trial
-from lora_lab.train.loop import take_step, train
+from lora_lab.train.loop import train
 from lora_lab.train.member import Member, StepRecord, member_of
 from tests.conftest import MakeTrial
 from tests.journey.program import Lab
 from tests.parity.test_train_loop import CPU
+from tests.stepping import take_step
 from tests.unit.test_adapters_attach import load
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -91,9 +91,7 @@ def moved(trial: Trial, cache: Path) -> Attached:
 
 def first_step(trial: Trial, attached: Attached, rows: list[Encoded]) -> tuple[Member, StepRecord]:
     member = member_of(trial, attached, rows, name="test")
-    attached.model.train()
-    with loss_token_logits(attached.model) as head:
-        return member, take_step(member, head, pad_id=256, device=CPU)
+    return member, take_step(attached.model, member)
 
 
 @dataclass

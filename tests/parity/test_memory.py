@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from lora_lab.memory.live_bytes import LiveBytes, storage_bytes
 from lora_lab.memory.meter import MemoryMeter, memory_now
 from lora_lab.optim.optimizers import build_optimizer, state_tensors
-from lora_lab.train.probe import probe_step
 from tests.conftest import MakeTrial
 from tests.parity.test_train_loop import build_member
+from tests.stepping import probe_alone
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def test_probe_changes_nothing_and_sees_checkpointing(make_trial: MakeTrial, cac
     plain, plain_member = build_member(make_trial(*shape), cache)
     saved, saved_member = build_member(make_trial(*shape, "training.gradient_checkpointing=sqrt"), cache)
     before = [parameter.detach().clone() for parameter in plain_member.parameters]
-    probe = probe_step(plain, plain_member, pad_id=256, device=CPU)
+    probe = probe_alone(plain, plain_member)
     peak = probe.peak_bytes
     assert all(torch.equal(a, b) for a, b in zip(before, plain_member.parameters, strict=True))
     assert not plain_member.optimizer.state
@@ -93,7 +93,7 @@ def test_probe_changes_nothing_and_sees_checkpointing(make_trial: MakeTrial, cac
     adapter = storage_bytes(plain_member.parameters)
     assert probe.gradient_bytes == adapter
     assert peak > weights + 3 * adapter  # gradients and two AdamW states come on top of the weights
-    assert probe_step(saved, saved_member, pad_id=256, device=CPU).peak_bytes < 0.7 * peak
+    assert probe_alone(saved, saved_member).peak_bytes < 0.7 * peak
 
 
 @pytest.mark.parametrize(("kind", "bytes_per_parameter"), [("adamw", 8), ("sgd", 4), ("lion", 4), ("paged_adamw", 8)])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lora_lab.errors import InputError
+from lora_lab.plan.cohorts import plan_cohorts
 from lora_lab.plan.job import Job, job_of
 from lora_lab.plan.readable import ABSENT, difference, readable_name, varying_keys
 from lora_lab.plan.row import plan_rows
@@ -184,7 +185,8 @@ print(sorted(heavy & set(sys.modules)))
 def test_500_trials_are_planned_in_half_a_second() -> None:
     trials = [trial_of(rank=rank, seed=seed) for rank in range(1, 51) for seed in range(10)]
     start = time.process_time()
-    rows = plan_rows([job(trial) for trial in trials], done=())
+    jobs = [job(trial) for trial in trials]
+    rows = plan_rows(jobs, done=(), cohorts=plan_cohorts(jobs, cohort="auto"))
     varying = varying_keys(trials)
     assert time.process_time() - start < 0.5
     assert (len(rows), varying) == (500, ["rank", "alpha", "seed"])

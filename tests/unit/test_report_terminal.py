@@ -101,7 +101,8 @@ def test_optional_columns_give_way_first(monkeypatch: pytest.MonkeyPatch) -> Non
     stream = Terminal()
     print_plan([_plan_row("lora-r8-all_linear-s0")], stream=stream)
     text = stream.getvalue()
-    assert "460,800" in text and "134,975,808" not in text and "left out in this width: fingerprint, total" in text
+    assert "460,800" in text and "134,975,808" not in text
+    assert "left out in this width: fingerprint, cohort, total" in text
 
 
 def test_a_terminal_has_colour_unless_it_is_unwanted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +190,9 @@ def _plan_row(name: str, **changes: object) -> PlanRow:
         "total_parameters": 134_975_808,
         "overrides": ("rank=8",),
         "missing": {},
+        "cohort": None,
+        "cohort_size": 1,
+        "why_alone": "launch.cohort=off",
     }
     return PlanRow(**{**fields, **changes})
 
@@ -209,6 +213,40 @@ def test_plan_in_text_and_json() -> None:
     first, _, last = json.loads(stream.getvalue())
     assert first["trainable_parameters"] == 460_800 and first["overrides"] == ["rank=8"]
     assert last["steps"] is None
+
+
+def test_a_plan_tells_who_trains_with_whom_and_why_the_others_do_not() -> None:
+    together = {"cohort": "c-0123abcd", "cohort_size": 2, "why_alone": None}
+    ended_already = {"state": "done", "cohort": None, "cohort_size": None, "why_alone": None}
+    rows = [
+        _plan_row("lora-s0", **together),
+        _plan_row("lora-s1", **together),
+        *(_plan_row(f"full-s{seed}", why_alone="method=full trains weights") for seed in range(5)),
+        _plan_row("base", why_alone="method=base trains nothing"),
+        _plan_row("lora-s2", **ended_already),
+    ]
+    stream = io.StringIO()
+    print_plan(rows, stream=stream)
+    lines = stream.getvalue().splitlines()
+    shown = {line.split()[0]: line.split()[3:-3] for line in lines[1:10]}
+    assert shown == {
+        "lora-s0": ["c-0123abcd", "of", "2"],
+        "lora-s1": ["c-0123abcd", "of", "2"],
+        **{f"full-s{seed}": ["alone"] for seed in range(5)},
+        "base": ["alone"],
+        "lora-s2": [],
+    }
+    assert lines[10:] == [
+        "9 trials: 8 new, 1 done, 0 duplicate",
+        "c-0123abcd: 2 trials train together",
+        "alone: full-s0, full-s1, full-s2 and 2 more: method=full trains weights",
+        "alone: base: method=base trains nothing",
+    ]
+    stream = io.StringIO()
+    print_plan(rows, as_json=True, stream=stream)
+    told = [(row["cohort"], row["cohort_size"], row["why_alone"]) for row in json.loads(stream.getvalue())]
+    assert told[0] == ("c-0123abcd", 2, None) and told[2] == (None, 1, "method=full trains weights")
+    assert told[-1] == (None, None, None)
 
 
 def test_comparison_shows_settings_scores_and_pairs(tmp_path: Path) -> None:

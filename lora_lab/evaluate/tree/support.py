@@ -8,38 +8,23 @@ rotary frequencies that change with the row), which a short probe cannot see; a 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lora_lab.adapters.prompts import virtual_tokens
 from lora_lab.evaluate.tree.probe import LONGEST, SHORTEST, why_probe_fails
+from lora_lab.models.config_limits import layer_types, position_limits, rope_limits, text_sections, windows
 
 # Implementations that add a mask of floats to the scores.
 _ADDITIVE = ("sdpa", "eager")
 # Layers whose attention is causal within a window, if there is one.
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
-# Where configurations keep the number of tokens that a windowed layer looks back on, its own included.
-_WINDOWS = (
-    "sliding_window",
-    "sliding_window_size",
-    "attention_chunk_size",
-    "attention_window_size",
-    "attention_window",
-    "keep_window_size",
-    "local_attention",
-    "window_size",
-)
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-# Rotary frequencies that are chosen by the longest position of the whole call, and beyond which length.
-_ROPE_LIMITS = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
-_OTHER_SENSES = ("vision", "audio", "image", "video", "speech")
-
 _State = tuple[object, ...]
 _probed: WeakKeyDictionary[nn.Module, dict[_State, str | None]] = WeakKeyDictionary()
 
@@ -56,14 +41,14 @@ def why_not_tree(model: nn.Module, *, depth: int, probes: bool = True) -> str | 
     why = _why_no_causal_lm(network) or _why_no_adapter(model)
     if why is not None:
         return why
-    sections = list(_sections(network.config.get_text_config(decoder=True)))
+    sections = list(text_sections(network.config.get_text_config(decoder=True)))
     for check in _CHECKS:
         why = check(network, sections, depth)
         if why is not None:
             return why
     if not probes:
         return None
-    limits = [*_windows(sections).values(), *_positions(sections)]
+    limits = [*windows(sections).values(), *position_limits(sections)]
     room = min([LONGEST, *(limit - virtual_tokens(model) for limit in limits)])
     if room < SHORTEST:
         return f"its window or context leaves {room} tokens, too few to probe it"
@@ -95,21 +80,9 @@ def _why_no_adapter(model: Any) -> str | None:
     return None
 
 
-def _sections(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration and those inside it that are about text."""
-    yield config
-    for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig) and not any(sense in name for sense in _OTHER_SENSES):
-            yield from _sections(value)
-
-
-def _layer_types(section: Any) -> list[str]:
-    return list(getattr(section, "layer_types", None) or ())
-
-
 def _why_layers(network: Any, sections: list[Any], _depth: int) -> str | None:
     for section in sections:
-        other = sorted({str(kind) for kind in _layer_types(section)} - set(_ATTENTION))
+        other = sorted({str(kind) for kind in layer_types(section)} - set(_ATTENTION))
         if other:
             return f"its recurrent or hybrid layers ({', '.join(other)}) run along the row, not along ancestors"
     if getattr(network, "_is_stateful", False):
@@ -125,7 +98,7 @@ def _why_positions(network: Any, sections: list[Any], depth: int) -> str | None:
     if any(getattr(section, "attn_temperature_tuning", False) for section in sections):
         return "its attention temperature follows places in the row and ignores position_ids"
     for section in sections:
-        for kind, limit in _rope_limits(section):
+        for kind, limit in rope_limits(section):
             if depth > limit:
                 return f"its {kind} rotary frequencies change in rows beyond {limit} tokens, and inputs have {depth}"
     return None
@@ -146,7 +119,7 @@ def _why_attention(network: Any, sections: list[Any], _depth: int) -> str | None
 
 
 def _why_window(_network: Any, sections: list[Any], depth: int) -> str | None:
-    for name, window in _windows(sections).items():
+    for name, window in windows(sections).items():
         if window < depth:
             return f"its {name} of {window} is shorter than the longest input ({depth} tokens)"
     return None
@@ -162,42 +135,6 @@ _CHECKS: tuple[Callable[[Any, list[Any], int], str | None], ...] = (
 
 def _is_causal(section: Any) -> bool:
     return getattr(section, "is_causal", None) is not False
-
-
-def _windows(sections: list[Any]) -> dict[str, int]:
-    """The windows that some layer uses, by the key that sets them."""
-    found: dict[str, int] = {}
-    for section in sections:
-        for name in _WINDOWS:
-            value = getattr(section, name, None)
-            if isinstance(value, int) and value > 0 and _is_used(section, name):
-                found[name] = min(value, found.get(name, value))
-    return found
-
-
-def _is_used(section: Any, name: str) -> bool:
-    if name == "window_size":  # GPT-Neo's; elsewhere the name is used for other things
-        return "local" in (getattr(section, "attention_layers", None) or ())
-    if name == "sliding_window" and getattr(section, "use_sliding_window", None) is False:
-        return False
-    types = _layer_types(section)
-    return not types or any(kind != "full_attention" for kind in types)
-
-
-def _positions(sections: list[Any]) -> list[int]:
-    values = [getattr(section, name, None) for section in sections for name in _POSITIONS]
-    return [value for value in values if isinstance(value, int) and value > 0]
-
-
-def _rope_limits(section: Any) -> Iterator[tuple[str, int]]:
-    """(rope_type, longest row with the usual frequencies); parameters may be given per layer type."""
-    parameters = getattr(section, "rope_parameters", None) or {}
-    for one in (parameters, *parameters.values()):
-        kind = one.get("rope_type") if isinstance(one, dict) else None
-        if kind in _ROPE_LIMITS:
-            limit = one.get(_ROPE_LIMITS[kind]) or getattr(section, _ROPE_LIMITS[kind], None)
-            if limit is not None:
-                yield kind, int(limit)
 
 
 def _state(model: Any, network: Any) -> _State:

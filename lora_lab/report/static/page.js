@@ -215,7 +215,8 @@
     if (!one) return showMissing(`This page holds no setting ${id}.`);
     const runs = one.runs.map((run) => [
       make("a", { href: `#run-${run.id}` }, run.name), chip(run.state),
-      ...run.values.map((value) => value === null ? "-" : make("a", { href: run.folder + "result.json", title: "open result.json" }, value))]);
+      ...run.values.map((value, index) => value === null ? make("span", { title: run.missing[index] }, "-")
+        : make("a", { href: run.folder + "result.json", title: "open result.json" }, value))]);
     detail.replaceChildren(
       back(), make("p", { class: "kicker" }, "setting ", make("code", {}, id)), make("h1", {}, one.name),
       ...titled("Runs", tableOf(["run", "status", ...one.titles], runs)),

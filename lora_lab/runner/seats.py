@@ -1,0 +1,63 @@
+"""How many runs share a pass: as many as fill the machine's matrix units, and as memory allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import psutil
+import torch
+
+from lora_lab.data.encode import EncodedSet
+from lora_lab.errors import LabError
+from lora_lab.plan.job import Job
+from lora_lab.runner.workbench import Workbench
+
+# Tokens of a pass beyond which another row no longer makes the products faster (tests/benchmarks/train_speed.py).
+_ENOUGH_TOKENS = {"cpu": 1024, "cuda": 16384}
+# More seats than this are of no use for any size of rows seen so far, and each costs optimizer calls of its own.
+_MOST_SEATS = 16
+
+
+def seats_for(jobs: Sequence[Job], bench: Workbench, *, asked: int | None) -> int:
+    """Seats of a cohort of `jobs`; 1 where they cannot share passes. asked: None leaves it to the size of the rows."""
+    if len(jobs) < 2 or asked == 1:
+        return 1
+    try:
+        base = bench.base_of(jobs[0])
+        sets = [bench.tokens_of(job, base).train for job in jobs]
+        if any(bench.why_not_together(job, max(one.lengths)) for job, one in zip(jobs, sets, strict=True)):
+            return 1
+    except (LabError, OSError):
+        return 1  # the runs themselves meet it again, and record it
+    if asked is not None:
+        return min(asked, len(jobs))
+    smallest = min(_tokens_per_pass(job, one) for job, one in zip(jobs, sets, strict=True))
+    enough = math.ceil(_ENOUGH_TOKENS.get(bench.device.type, _ENOUGH_TOKENS["cuda"]) / smallest)
+    return min(enough, len(jobs), _MOST_SEATS)
+
+
+def _tokens_per_pass(job: Job, examples: EncodedSet) -> float:
+    rows = min(job.trial.training.micro_batch_size, len(examples.examples))
+    return rows * examples.total_tokens / len(examples.examples)
+
+
+class MemoryBudget:
+    """Bytes that the members of a cohort may take beside the base: a fraction of what is free when it begins."""
+
+    def __init__(self, device: torch.device, fraction: float) -> None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        self.limit_bytes = int(free * fraction)
+        self._needs: dict[str, int] = {}
+
+    def note(self, run_id: str, needed_bytes: int) -> None:
+        """What a member needs in a pass: activations, adapter, gradients, optimizer state."""
+        self._needs[run_id] = needed_bytes
+
+    def free(self, run_id: str) -> None:
+        """The member has left."""
+        self._needs.pop(run_id, None)
+
+    def has_room(self, run_id: str) -> bool:
+        """Whether all who are noted, this one among them, fit together."""
+        return run_id in self._needs and sum(self._needs.values()) <= self.limit_bytes
