@@ -28,7 +28,7 @@ def same_length(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def memory(model: str, target: str, rows: Sequence[Encoded], cache: Path, *, members: Sequence[int]) -> dict[str, Any]:
-    """Peaks of a cohort of each size (1: a run alone) by number of members; `missing` says why one has none.
+    """Peaks of a cohort of each size (1: a run alone) by number of members.
 
     persistent_bytes: what lives between steps. further_member_bytes: by which the peak grows per member, from the least
     cohort to the largest; further_member_persistent_bytes: the same of what lives between steps.
@@ -36,14 +36,9 @@ def memory(model: str, target: str, rows: Sequence[Encoded], cache: Path, *, mem
     chosen = same_length(rows)
     peaks: dict[int, int] = {}
     persistent: dict[int, int] = {}
-    missing: dict[int, str] = {}
     for count in members:
         case = Case(model, target, ROWS // count, batch=ROWS // count)
-        try:
-            side = lab_side(case.trials(count), chosen, cache)
-            peaks[count], persistent[count] = peak_of(side)
-        except NotImplementedError as error:
-            missing[count] = str(error)
+        peaks[count], persistent[count] = peak_of(lab_side(case.trials(count), chosen, cache))
     return {
         "model": model,
         "target": target,
@@ -51,8 +46,7 @@ def memory(model: str, target: str, rows: Sequence[Encoded], cache: Path, *, mem
         "row_tokens": len(chosen[0].input_ids),
         "peak_bytes": peaks,
         "persistent_bytes": persistent,
-        "missing": missing,
-        "ratio": {count: peak / peaks[1] for count, peak in peaks.items()} if 1 in peaks else {},
+        "ratio": {count: peak / peaks[1] for count, peak in peaks.items()},
         "further_member_bytes": _slope(peaks),
         "further_member_persistent_bytes": _slope(persistent),
     }

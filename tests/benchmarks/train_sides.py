@@ -6,7 +6,6 @@ until the next one is asked for: what they do around a step (data, schedule, cal
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache as remembered
@@ -19,15 +18,17 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from lora_lab.adapters.attach import attach
+from lora_lab.adapters.cohort.trunk import Trunk
 from lora_lab.data.encode import Encoded
 from lora_lab.memory.live_bytes import model_tensors
 from lora_lab.models.load import LoadedBase, load_base, model_folder
-from lora_lab.models.loss_token_logits import loss_token_logits
+from lora_lab.models.shared_copy import shared_copy
 from lora_lab.optim.optimizers import state_tensors
 from lora_lab.schema.adaptation import Quantization
 from lora_lab.schema.model import Model
 from lora_lab.schema.trial import Trial
-from lora_lab.train.loop import take_step
+from lora_lab.train.forward import Together
+from lora_lab.train.loop import tick
 from lora_lab.train.member import member_of
 from tests.benchmarks.train_trainer import (
     AtEachStep,
@@ -54,28 +55,28 @@ class Side:
 
 
 def lab_side(trials: Sequence[Trial], rows: Sequence[Encoded], cache: Path) -> Side:
-    """The lab's own: one trial alone, or several as a cohort."""
-    return _solo(trials[0], rows, cache) if len(trials) == 1 else _cohort(trials, rows, cache)
-
-
-def _solo(trial: Trial, rows: Sequence[Encoded], cache: Path) -> Side:
-    base = _base(trial, cache)
-    attached = attach(base.model, trial)
-    member = member_of(trial, attached, rows, name="solo")
-    attached.model.train()
+    """The lab's own: these trials on one trunk, one alone as several."""
+    base = _loaded(trials[0].model, trials[0].quantization, cache).model
+    forward = Together(Trunk(base))
+    members = []
+    for index, trial in enumerate(trials):
+        attached = attach(shared_copy(base), trial)
+        attached.model.train()
+        forward.trunk.join(str(index), attached.model)
+        members.append(member_of(trial, attached, rows, name=str(index)))
 
     def step() -> int:
-        with loss_token_logits(attached.model) as head:
-            return take_step(member, head, pad_id=base.tokenizer.pad_token_id, device=CPU).tokens
+        before = [member.step for member in members]
+        tokens = 0
+        while open_ones := [one for one, count in zip(members, before, strict=True) if one.step == count]:
+            tokens += tick(forward, open_ones, on_step=lambda _member, _record: None, timed=False)
+        return tokens
 
     def tensors() -> list[Tensor]:
-        return [*model_tensors(attached.model), *state_tensors(member.optimizer)]
+        own = [tensor for one in members for tensor in (*one.parameters, *state_tensors(one.optimizer))]
+        return [*model_tensors(forward.trunk.model), *own]
 
-    return Side(step, tensors, attached.model)
-
-
-def _cohort(trials: Sequence[Trial], rows: Sequence[Encoded], cache: Path) -> Side:
-    raise NotImplementedError("cohorts are not built yet")
+    return Side(step, tensors, forward.trunk.model)
 
 
 def compile_layers(network: nn.Module) -> int:
@@ -88,17 +89,9 @@ def compile_layers(network: nn.Module) -> int:
     return len(layers)
 
 
-def _base(trial: Trial, cache: Path) -> LoadedBase:
-    """Modules of a side's own over weights that all sides of this process share."""
-    loaded = _loaded(trial.model, trial.quantization, cache)
-    network = loaded.model
-    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    return LoadedBase(copy.deepcopy(network, shared), loaded.tokenizer, loaded.facts)
-
-
 @remembered
 def _loaded(model: Model, quantization: Quantization, cache: Path) -> LoadedBase:
-    """Loaded once per process."""
+    """Loaded once per process; what is put on copies of it does not reach it."""
     return load_base(model, precision="fp32", quantization=quantization, device=CPU, cache=cache)
 
 

@@ -101,8 +101,6 @@ def _memory(found: Mapping[str, Any]) -> Iterator[str]:
     if found["further_member_bytes"] is not None:
         kept = _megabytes(found["further_member_persistent_bytes"])
         yield f"    each further member: {_megabytes(found['further_member_bytes'])}, of which {kept} between steps"
-    for members, why in found["missing"].items():
-        yield f"    cohort of {members}: {why}"
 
 
 def _bill(found: Mapping[str, Any]) -> str:
