@@ -56,6 +56,7 @@ def jobs(options: argparse.Namespace, sweep: Sweep, places: Places) -> Iterator[
         yield "equality", "pair", lambda: _equality(sweep, sweep.runs()[0], places)
     if "growth" in options.parts:
         told = replace(GROWTH, steps=sweep.steps if options.quick else GROWTH.steps, micro_batch=sweep.micro_batch)
+        told = replace(told, model=sweep.model)
         for trials in QUICK_TRIALS if options.quick else TRIALS:
             grown = of_trials(told, trials)
             yield "growth", str(trials), lambda grown=grown, n=trials: run_ours(grown, f"growth_{n}", places)
@@ -116,7 +117,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     options.work.mkdir(parents=True, exist_ok=True)
-    sweep = replace(QUICK if options.quick else FULL, micro_batch=options.micro_batch)
+    sweep = replace(QUICK if options.quick else FULL, micro_batch=options.micro_batch, model=options.model)
 
     def keep(result: dict[str, Any]) -> None:
         options.output.write_text(json.dumps(result, indent=2, allow_nan=False))
@@ -132,6 +133,7 @@ def _options() -> argparse.Namespace:
     names = lambda text: [name for name in text.split(",") if name]  # noqa: E731
     parser.add_argument("--parts", type=names, default=list(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--their-runs", type=int, help="only the first so many of theirs; the rest at their mean")
+    parser.add_argument("--model", default=FULL.model, help="another one of conf/model, of the Llama family")
     parser.add_argument("--micro-batch", type=int, default=FULL.micro_batch)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="2 trials, 4 steps, 10 questions: whether it runs")

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 GOAL = 10.0
-# Phases of ours that a run or its cohort has, in seconds; a cohort's are the same for all its members.
-_PHASES = ("load_seconds", "probe_seconds", "train_seconds", "evaluate_seconds", "save_seconds")
+# Phases of ours by the key of a run. What a cohort shares stands with each of its members: the longest is that of all.
+_OWN = ("load", "probe", "train", "evaluate", "save")
+_SHARED = "cohort_train"
 
 
 def sweep_text(result: Mapping[str, Any]) -> str:
@@ -71,8 +72,13 @@ def _machine(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _phases(one: Mapping[str, Any]) -> str:
-    """Sums over the runs; what a cohort shares is counted once per cohort by its largest value."""
-    runs = [run.get("measurements", {}) for run in one["runs"].values()]
-    sums = {phase: sum(run[phase] for run in runs if phase in run) for phase in _PHASES}
-    found = ", ".join(f"{phase.removesuffix('_seconds')} {value:.0f}" for phase, value in sums.items() if value)
-    return f" ({found})" if found else ""
+    """Sums over the runs, and over the cohorts of what their members share."""
+    runs = [(run.get("cohort"), run.get("measurements", {})) for run in one["runs"].values()]
+    sums = {phase: sum(found.get(f"{phase}_seconds", 0.0) for _, found in runs) for phase in _OWN}
+    cohorts: dict[str, float] = {}
+    for cohort, found in runs:
+        if cohort is not None:
+            cohorts[cohort] = max(cohorts.get(cohort, 0.0), found.get(f"{_SHARED}_seconds", 0.0))
+    sums["train"] += sum(cohorts.values())
+    text = ", ".join(f"{phase} {value:.0f}" for phase, value in sums.items() if value)
+    return f" ({text})" if text else ""

@@ -85,7 +85,7 @@ def run_ours(sweep: Sweep, name: str, places: Places, *, told: Sequence[str] = (
     records = Ledger(folder / "root").runs()
     ended = sum(record.state == "COMPLETED" for record in records)
     short = f"{ended} of {len(sweep.runs())} trials are completed" if ended < len(sweep.runs()) else None
-    found = {record.name: _run_facts(record) for record in records}
+    found = {record.run_id: _run_facts(record) for record in records}
     return {
         **asdict(spent),
         "failed": spent.failed or short,
@@ -97,10 +97,12 @@ def run_ours(sweep: Sweep, name: str, places: Places, *, told: Sequence[str] = (
 def _run_facts(record: RunRecord) -> dict[str, Any]:
     result = record.result
     if result is None:
-        return {"state": record.state}
+        return {"name": record.name, "state": record.state}
     return {
+        "name": record.name,
         "state": record.state,
         "reason": result.reason,
+        "cohort": result.facts.get("cohort", {}).get("id"),
         "measurements": dict(result.measurements),
         "metrics": {name: metric.value for name, metric in result.metrics.items()},
     }
