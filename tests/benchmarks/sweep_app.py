@@ -52,7 +52,7 @@ class AppConfig:
 ConfigStore.instance().store(name="sweep_app", node=AppConfig)
 
 
-@hydra.main(version_base="1.3", config_path=None, config_name="sweep_app")
+@hydra.main(version_base="1.3", config_path=None, config_name="sweep_app")  # type: ignore[untyped-decorator]
 def main(config: AppConfig) -> None:
     """Trains, saves the adapter, scores it."""
     begin = time.perf_counter()
@@ -62,7 +62,9 @@ def main(config: AppConfig) -> None:
     start = time.perf_counter()
     metrics = _score(config, output / "adapter")
     seconds["score"] = time.perf_counter() - start
-    (output / "run.json").write_text(json.dumps({"seconds_of": seconds, "train_loss": loss, "metrics": metrics}, indent=2))
+    (output / "run.json").write_text(
+        json.dumps({"seconds_of": seconds, "train_loss": loss, "metrics": metrics}, indent=2)
+    )
 
 
 def _train(config: AppConfig, adapter: Path, seconds: dict[str, float], begin: float) -> float:

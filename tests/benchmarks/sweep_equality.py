@@ -1,11 +1,12 @@
 """A run of ours and one of the Trainer that is fed alike: the same losses step by step, and the same weights.
 
-The Trainer gets our order of rows and our micro-batches. Its loss is transformers' own, normalised by the loss tokens of
-the step as ours is; initial weights, optimizer and schedule are each side's own, and equal.
+The Trainer gets our order of rows and our micro-batches. Its loss is transformers' own, normalised by the loss tokens
+of the step as ours is; initial weights, optimizer and schedule are each side's own, and equal.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +32,7 @@ LOSS_TOLERANCE = 1e-4
 
 
 class FedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """The Trainer on micro-batches made before; `losses` has one entry per micro-batch, its share of the step's loss."""
+    """The Trainer on micro-batches made before; `losses`: of each micro-batch its share of the step's loss."""
 
     fed: Sequence[dict[str, torch.Tensor]] = ()
 
@@ -97,18 +98,21 @@ def fed_run(trial: Trial, cache: Path) -> tuple[list[float], dict[str, torch.Ten
     return losses, get_peft_model_state_dict(model)
 
 
-def compare_runs(trial: Trial, root: Path, cache: Path) -> dict[str, Any]:
-    """Of the trial as it stands in the ledger of `root`, and the Trainer's.
+def compare_runs(trial: Trial, root: Path, cache: Path, *, log: Path) -> dict[str, Any]:
+    """Of the trial as it stands in the ledger of `root`, and the Trainer's; what that prints goes to `log`.
 
     loss: the largest difference of a step's. weights: the largest difference of an entry, and the norm of all
     differences over that of the weights.
     """
     record = _record(trial, root)
-    losses, weights = fed_run(trial, cache)
+    with log.open("w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        losses, weights = fed_run(trial, cache)
     own = [float(step["loss"]) for step in read_steps(record.steps_path)]
     saved = load_file(record.adapter_folder / "adapter_model.safetensors")
     if set(saved) != set(weights) or len(own) != len(losses):
-        raise ValueError(f"not the same run: {len(own)} and {len(losses)} steps, {len(saved)} and {len(weights)} tensors")
+        raise ValueError(
+            f"not the same run: {len(own)} and {len(losses)} steps, {len(saved)} and {len(weights)} tensors"
+        )
     gaps = {name: saved[name] - weights[name].detach() for name in saved}
     loss = max(abs(one - other) for one, other in zip(own, losses, strict=True))
     return {

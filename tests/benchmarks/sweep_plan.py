@@ -1,8 +1,8 @@
 """What `sweep_speed` runs: the trials, and how each side is asked for them.
 
-Micro-batch 2 is where the goals of the benchmark are stated: steps of 8 rows in pieces of 2 are what somebody does whose
-machine holds no more at once. The Trainer alone would gain from larger pieces (`train_speed` says how much); ours puts
-the pieces of several trials together instead, which is what is measured here. `--micro-batch 8` runs the other.
+Micro-batch 2 is where the goals of the benchmark are stated: steps of 8 rows in pieces of 2 are what somebody does
+whose machine holds no more at once. The Trainer alone would gain from larger pieces (`train_speed` says how much); ours
+puts the pieces of several trials together instead, which is what is measured here. `--micro-batch 8` runs the other.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from hydra.types import RunMode
 from lora_lab.app.compose import Composer, config_loader
 from lora_lab.data.encode import encode_rows
 from lora_lab.data.sources import load_rows
-from lora_lab.models.load import load_base, model_folder
+from lora_lab.models.load import model_folder
 from lora_lab.schema.trial import LAB_KEYS, Trial, read_trial
+from tests.benchmarks.train_rows import base_of
 from tests.benchmarks.train_trainer import examples_of
 
 # The six tasks of a well-known LoRA study; conf/evaluation/published.yaml names its source.
@@ -41,7 +42,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """rates x seeds trials of `steps` steps of `batch` rows. questions: per task; None: no task, held-out rows alone."""
+    """rates x seeds trials of `steps` steps of `batch` rows. questions: per task; None: no task, held-out rows."""
 
     rates: Sequence[float]
     seeds: int
@@ -113,8 +114,7 @@ def of_trials(sweep: Sweep, trials: int) -> Sweep:
 
 def rows_as_tokens(trial: Trial, cache: Path) -> tuple[Path, list[dict[str, list[int]]]]:
     """The base's folder and the training rows as a Trainer takes them."""
-    told: dict[str, Any] = {"precision": "fp32", "quantization": trial.quantization, "device": "cpu"}
-    base = load_base(trial.model, **told, cache=cache)
+    base = base_of(trial, cache)
     rows = load_rows(trial.data, cache=cache).train
     encoded = encode_rows(rows, base.tokenizer, trial.data, vocab_size=base.model.config.vocab_size)
     return model_folder(trial.model, cache), examples_of(encoded.examples)

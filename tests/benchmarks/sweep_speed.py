@@ -4,10 +4,10 @@
 
 Eight trials (four learning rates, two seeds) of rank-8 LoRA on q and v of SmolLM2-135M, float32: 40 steps of 8 rows,
 then six tasks of lm-eval with 100 questions each. Ours is one `lora-lab run -m`; theirs is a Hydra application with
-transformers' Trainer, PEFT and lm-eval's hf backend, a fresh process per run. They take turns: ours once before and once
-in the middle of theirs. Whether both train alike is a check of its own (`sweep_equality`): the Trainer fed our order of
-rows. How our time grows with the number of trials is measured on training alone. Results are written after every
-process; a second call with the same --output measures only what that file does not hold yet.
+transformers' Trainer, PEFT and lm-eval's hf backend, a fresh process per run. They take turns: ours once before and
+once in the middle of theirs. Whether both train alike is a check of its own (`sweep_equality`): the Trainer fed our
+order of rows. How our time grows with the number of trials is measured on training alone. Results are written after
+every process; a second call with the same --output measures only what that file does not hold yet.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ def sweep_jobs(sweep: Sweep, places: Places, *, theirs: int) -> Iterator[Job]:
     runs = sweep.runs()[:theirs]
     half = (len(runs) + 1) // 2
     for name, some in zip(_OURS, (runs[:half], runs[half:]), strict=True):
-        yield "ours", name, lambda name=name: run_ours(sweep, f"ours_{name}", places)
+        yield "ours", name, partial(run_ours, sweep, f"ours_{name}", places)
         for run in some:
-            yield "theirs", run.name, lambda run=run: run_theirs(sweep, run, places)
+            yield "theirs", run.name, partial(run_theirs, sweep, run, places)
 
 
 def jobs(options: argparse.Namespace, sweep: Sweep, places: Places) -> Iterator[Job]:
@@ -53,20 +54,20 @@ def jobs(options: argparse.Namespace, sweep: Sweep, places: Places) -> Iterator[
     if "sweep" in options.parts:
         yield from sweep_jobs(sweep, places, theirs=options.their_runs or len(sweep.runs()))
     if "equality" in options.parts:
-        yield "equality", "pair", lambda: _equality(sweep, sweep.runs()[0], places)
+        yield "equality", "pair", partial(_equality, sweep, sweep.runs()[0], places)
     if "growth" in options.parts:
         told = replace(GROWTH, steps=sweep.steps if options.quick else GROWTH.steps, micro_batch=sweep.micro_batch)
         told = replace(told, model=sweep.model)
         for trials in QUICK_TRIALS if options.quick else TRIALS:
             grown = of_trials(told, trials)
-            yield "growth", str(trials), lambda grown=grown, n=trials: run_ours(grown, f"growth_{n}", places)
+            yield "growth", str(trials), partial(run_ours, grown, f"growth_{trials}", places)
 
 
 def _equality(sweep: Sweep, run: Run, places: Places) -> dict[str, Any]:
     root = places.work / f"ours_{_OURS[0]}" / "root"
     if not root.is_dir():
         return {"failed": "there is no run of ours to compare with: part sweep comes first, with the same --work"}
-    return compare_runs(sweep.trial(run, places.mirror.resolve()), root, places.cache)
+    return compare_runs(sweep.trial(run, places.mirror.resolve()), root, places.cache, log=places.work / "fed.log")
 
 
 def measure(

@@ -1,7 +1,7 @@
 """Both sides of `sweep_speed` as processes: wall and processor seconds, and what they found.
 
-Ours is one `lora-lab run -m` with an empty ledger; theirs is one process per trial. Both get the converted model and the
-official rows as files, and begin with empty data caches; those of theirs are kept from run to run.
+Ours is one `lora-lab run -m` with an empty ledger; theirs is one process per trial. Both get the converted model and
+the official rows as files, and begin with empty data caches; those of theirs are kept from run to run.
 """
 
 from __future__ import annotations

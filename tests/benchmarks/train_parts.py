@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from lora_lab.data.encode import Encoded
-from lora_lab.models.load import load_base
 from tests.benchmarks.machine_speed import product_gflops
 from tests.benchmarks.train_compile import bill
 from tests.benchmarks.train_memory import MEMBERS, serve_memory
-from tests.benchmarks.train_rows import COMPILED, RIVALS, Case, members_of, rows_of, tokenizer_of
+from tests.benchmarks.train_rows import COMPILED, RIVALS, Case, base_of, members_of, rows_of, tokenizer_of
 from tests.benchmarks.train_trainer import why_no_trl
 from tests.benchmarks.train_turns import Task, remote_sides, steps_of_a_turn, summary, take_turns
 from tests.benchmarks.train_work import mean_tokens, operations, own_shapes_limit, products
@@ -60,8 +59,7 @@ def measure_case(case: Case, sides: Sequence[str], setting: Setting) -> dict[str
 def _limits(case: Case, sides: Sequence[str], rows: Sequence[Encoded], setting: Setting) -> dict[str, Any]:
     """own_shapes: the limit by members, since it depends on the tokens of a forward."""
     (trial,) = case.trials(1)
-    told: dict[str, Any] = {"precision": "fp32", "quantization": trial.quantization, "device": "cpu"}
-    found = products(load_base(trial.model, **told, cache=setting.cache).model)
+    found = products(base_of(trial, setting.cache).model)
     tokens, loss_tokens = mean_tokens(rows)
     own = {}
     for members in sorted({members_of(side) for side in sides}):
@@ -140,5 +138,3 @@ def with_limits(line: Mapping[str, Any], *, gflops: float) -> dict[str, Any]:
         own = line["own_shapes"][str(members_of(name))]["tokens_per_second"]
         sides[name] = {**side, "share_of_limit": speed / limit, "share_of_own_shapes": speed / own}
     return {**line, "limit_tokens_per_second": limit, "sides": sides}
-
-

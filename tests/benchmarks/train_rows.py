@@ -1,4 +1,4 @@
-"""What `train_speed` runs: models, targets and micro-batches, and the trials of each side, on the same rows of `skills`."""
+"""What `train_speed` runs: models, targets and micro-batches, and the trials of each side, on rows of `skills`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from lora_lab.app.compose import Composer, config_loader
 from lora_lab.data.encode import Encoded, encode_rows
 from lora_lab.data.sources import load_rows
-from lora_lab.models.load import load_base
+from lora_lab.models.load import LoadedBase, load_base
 from lora_lab.schema.trial import LAB_KEYS, Trial, read_trial
 
 # Rows of a step, whatever the micro-batch: the smaller one is the same training in less memory.
@@ -107,17 +107,20 @@ def chosen_cases(models: Sequence[str], targets: Sequence[str], micro_batches: S
     return [Case(model, target, size) for model in models for target in targets for size in micro_batches]
 
 
+def base_of(trial: Trial, cache: Path) -> LoadedBase:
+    """The trial's base in float32 on the CPU."""
+    return load_base(trial.model, precision="fp32", quantization=trial.quantization, device="cpu", cache=cache)
+
+
 def tokenizer_of(case: Case, cache: Path) -> Any:
     """The tokenizer that reads the rows, with a pad token."""
-    trial = _trial(case, 0, read=True)
-    settings = {"precision": "fp32", "quantization": trial.quantization, "device": "cpu", "cache": cache}
-    return load_base(trial.model, **settings).tokenizer
+    return base_of(_trial(case, 0, read=True), cache).tokenizer
 
 
 def rows_of(case: Case, tokenizer: Any, cache: Path) -> list[Encoded]:
     """The training rows as tokens, the same for every side."""
     trial = _trial(case, 0)
-    shape: Any = trial.model.shape  # type: ignore[union-attr]  # the models above all have one
+    shape: Any = trial.model.shape
     rows = load_rows(trial.data, cache=cache).train
     return list(encode_rows(rows, tokenizer, trial.data, vocab_size=shape.vocab_size).examples)
 
@@ -125,16 +128,20 @@ def rows_of(case: Case, tokenizer: Any, cache: Path) -> list[Encoded]:
 def _trial(case: Case, seed: int, *, read: bool = False) -> Trial:
     row = MODELS[case.model]
     overrides = row.read_by if read and row.read_by is not None else row.overrides
-    mapping = _composer().compose(
-        [
-            *overrides,
-            f"target={case.target}",
-            f"training.max_steps={_STEPS}",
-            f"training.batch_size={case.batch}",
-            f"training.micro_batch_size={case.micro_batch}",
-            f"seed={seed}",
-        ]
-    ).mapping
+    mapping = (
+        _composer()
+        .compose(
+            [
+                *overrides,
+                f"target={case.target}",
+                f"training.max_steps={_STEPS}",
+                f"training.batch_size={case.batch}",
+                f"training.micro_batch_size={case.micro_batch}",
+                f"seed={seed}",
+            ]
+        )
+        .mapping
+    )
     return read_trial({key: value for key, value in mapping.items() if key not in LAB_KEYS})
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache as remembered
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -21,15 +19,14 @@ from lora_lab.adapters.attach import attach
 from lora_lab.adapters.cohort.trunk import Trunk
 from lora_lab.data.encode import Encoded
 from lora_lab.memory.live_bytes import model_tensors
-from lora_lab.models.load import LoadedBase, load_base, model_folder
+from lora_lab.models.load import model_folder
 from lora_lab.models.shared_copy import shared_copy
 from lora_lab.optim.optimizers import state_tensors
-from lora_lab.schema.adaptation import Quantization
-from lora_lab.schema.model import Model
 from lora_lab.schema.trial import Trial
 from lora_lab.train.forward import Together
 from lora_lab.train.loop import tick
 from lora_lab.train.member import member_of
+from tests.benchmarks.train_rows import base_of
 from tests.benchmarks.train_trainer import (
     AtEachStep,
     arguments,
@@ -40,8 +37,6 @@ from tests.benchmarks.train_trainer import (
     plain_trainer,
     trl_trainer,
 )
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +51,7 @@ class Side:
 
 def lab_side(trials: Sequence[Trial], rows: Sequence[Encoded], cache: Path) -> Side:
     """The lab's own: these trials on one trunk, one alone as several."""
-    base = _loaded(trials[0].model, trials[0].quantization, cache).model
+    base = _plain(trials[0], cache)
     forward = Together(Trunk(base))
     members = []
     for index, trial in enumerate(trials):
@@ -89,10 +84,15 @@ def compile_layers(network: nn.Module) -> int:
     return len(layers)
 
 
-@remembered
-def _loaded(model: Model, quantization: Quantization, cache: Path) -> LoadedBase:
-    """Loaded once per process; what is put on copies of it does not reach it."""
-    return load_base(model, precision="fp32", quantization=quantization, device=CPU, cache=cache)
+_bases: dict[str, Any] = {}
+
+
+def _plain(trial: Trial, cache: Path) -> Any:
+    """The base, loaded once per process; what is put on copies of it does not reach it."""
+    key = trial.model.model_dump_json()
+    if key not in _bases:
+        _bases[key] = base_of(trial, cache).model
+    return _bases[key]
 
 
 def run_rival(

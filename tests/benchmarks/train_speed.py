@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.train_speed --output train_speed.json --plot train_speed.html
 
-All sides train rank-8 adapters in float32 on the same rows of `skills`, with loss on the answers, in steps of 8 rows per
-run; each takes its turn, so that a machine whose speed drifts treats all alike. Tokens are real ones, padding is not
-counted. The two limits beside them are what the frozen matrix products of forward and backward alone would allow
+All sides train rank-8 adapters in float32 on the same rows of `skills`, with loss on the answers, in steps of 8 rows
+per run; each takes its turn, so that a machine whose speed drifts treats all alike. Tokens are real ones, padding is
+not counted. The two limits beside them are what the frozen matrix products of forward and backward alone would allow
 (`train_work`). Results are written after every case; a second call with the same --output measures only what that file
 does not hold yet.
 """
@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,27 +36,29 @@ _COMPILED_MICRO_BATCH = 2
 _QUICK = {"models": ["tiny_random"], "targets": ["qv"], "micro_batches": [2], "turns": 1, "compile_turns": 2}
 _LIBRARIES = ("torch", "transformers", "peft", "trl")
 
-Measured = tuple[str, str, dict[str, Any]]
+Job = tuple[str, str, Callable[[Setting], dict[str, Any]]]
 
 
-def jobs(options: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[Setting], dict[str, Any]]]]:
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
     """Part, name within the part, and what measures it."""
     if "cases" in options.parts:
         for case in chosen_cases(options.models, options.targets, options.micro_batches):
-            yield "cases", case.name, lambda setting, case=case: measure_case(case, options.sides, setting)
+            yield "cases", case.name, partial(measure_case, case, options.sides)
     pairs = [(model, target) for model in options.models for target in options.targets]
     if "memory" in options.parts:
         for pair in pairs:
-            yield "memory", " ".join(pair), lambda setting, pair=pair: measure_memory(*pair, setting)
+            yield "memory", " ".join(pair), partial(measure_memory, *pair)
     if "compile" in options.parts:
         case = Case(options.models[0], options.targets[0], _COMPILED_MICRO_BATCH)
         for side in (one for one in _COMPILED_SIDES if one in options.sides):
-            yield "compile", f"{case.name} {side}", lambda setting, side=side: measure_compile(case, side, setting)
+            yield "compile", f"{case.name} {side}", partial(measure_compile, case, side)
 
 
 def measure(options: argparse.Namespace, before: Mapping[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
     """Everything asked for that `before` does not hold; `keep` is given all there is after each."""
-    setting = Setting(options.cache, options.output.with_suffix(".log"), options.threads, options.turns, options.compile_turns)
+    setting = Setting(
+        options.cache, options.output.with_suffix(".log"), options.threads, options.turns, options.compile_turns
+    )
     result = {part: dict(before.get(part, {})) for part in PARTS}
     spent = float(before.get("seconds", 0.0))
     keep(finished(result, options, spent))
@@ -146,7 +149,9 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         vars(options).update(_QUICK)
-    wrong = [name for name in options.sides if name not in SIDES] + [name for name in options.parts if name not in PARTS]
+    wrong = [name for name in options.sides if name not in SIDES] + [
+        name for name in options.parts if name not in PARTS
+    ]
     if wrong:
         parser.error(f"no such side or part: {', '.join(wrong)}")
     return options

@@ -68,9 +68,9 @@ def _short(case: Mapping[str, Any], name: str, side: Mapping[str, Any]) -> str:
 
 
 def _tail(result: Mapping[str, Any]) -> Iterator[str]:
-    yield "tokens/s: real tokens, padding not counted; ratio: to Trainer + PEFT in the same round; of limit: of what the"
-    yield "frozen matrix products alone would allow at the speed of one large product; of own shapes: the same at the"
-    yield "speed measured of the model's own products at that number of rows."
+    yield "tokens/s: real tokens, padding not counted; ratio: to Trainer + PEFT in the same round; of limit: of what"
+    yield "the frozen matrix products alone would allow at the speed of one large product; of own shapes: the same at"
+    yield "the speed measured of the model's own products at that number of rows."
     for found in result["memory"].values():
         yield from _memory(found)
     for found in result["compile"].values():
@@ -110,8 +110,8 @@ def _bill(found: Mapping[str, Any]) -> str:
     pays = "never pays" if steps is None else f"pays after {steps:.0f} steps"
     speeds = found["tokens_per_second"]
     return (
-        f"{speeds['compiled']:.0f} tokens/s against {speeds['eager']:.0f}, {found['compile_seconds']:.0f} s of compiling, "
-        f"{pays}"
+        f"{speeds['compiled']:.0f} tokens/s against {speeds['eager']:.0f}, {found['compile_seconds']:.0f} s of "
+        f"compiling, {pays}"
     )
 
 

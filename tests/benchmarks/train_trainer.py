@@ -6,6 +6,7 @@ default. Rows come as tokens with labels on the answers, so that all sides read 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -53,13 +54,17 @@ def examples_of(rows: Sequence[Encoded]) -> list[dict[str, list[int]]]:
         {
             "input_ids": list(row.input_ids),
             "attention_mask": [1] * len(row.input_ids),
-            "labels": [token if counts else NO_LOSS for token, counts in zip(row.input_ids, row.loss_mask, strict=True)],
+            "labels": [
+                token if counts else NO_LOSS for token, counts in zip(row.input_ids, row.loss_mask, strict=True)
+            ],
         }
         for row in rows
     ]
 
 
-def arguments(output: Path, *, batch: int, micro_batch: int, steps: int, learning_rate: float, seed: int) -> dict[str, Any]:
+def arguments(
+    output: Path, *, batch: int, micro_batch: int, steps: int, learning_rate: float, seed: int
+) -> dict[str, Any]:
     """What both trainers are told: of TrainingArguments, and SFTConfig, which is one of them."""
     return {
         "output_dir": str(output),
@@ -76,7 +81,12 @@ def arguments(output: Path, *, batch: int, micro_batch: int, steps: int, learnin
 
 
 def plain_trainer(
-    model: Any, tokenizer: Any, examples: Sequence[Mapping[str, Any]], told: dict[str, Any], *, kind: type[Trainer] = Trainer
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Mapping[str, Any]],
+    told: dict[str, Any],
+    *,
+    kind: type[Trainer] = Trainer,
 ) -> Trainer:
     """transformers' Trainer on batches that are padded to their longest row."""
     return kind(
@@ -88,14 +98,19 @@ def plain_trainer(
 
 
 def trl_trainer(
-    folder: Path, tokenizer: Any, examples: Sequence[Mapping[str, Any]], told: dict[str, Any], *, lora: LoraConfig, keep: bool
+    folder: Path,
+    tokenizer: Any,
+    examples: Sequence[Mapping[str, Any]],
+    told: dict[str, Any],
+    *,
+    lora: LoraConfig,
+    keep: bool,
 ) -> Any:
     """TRL's SFTTrainer: loss on completions, no packing, its own collator and chunked loss.
 
     keep: activations are kept for the backward pass, which its default, gradient checkpointing, does not.
     """
-    import trl
-
+    trl: Any = importlib.import_module("trl")
     own = {} if not keep else {"gradient_checkpointing": False}
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     # float32 is asked for: its default is bfloat16.
@@ -113,9 +128,7 @@ def why_no_trl() -> str | None:
     if importlib.util.find_spec("trl") is None:
         return "TRL is not installed (pip install -c constraints.txt trl)"
     try:
-        import trl
-
-        trl.SFTTrainer  # noqa: B018  # imported when it is named
+        importlib.import_module("trl").SFTTrainer  # noqa: B018  # imported when it is named
     except Exception as error:  # noqa: BLE001 - another library's import may fail in any way, and is then left out
         return f"TRL does not work with transformers {transformers.__version__}: {type(error).__name__}: {error}"
     return None
@@ -124,7 +137,7 @@ def why_no_trl() -> str | None:
 def counting(kind: type[Any]) -> type[Any]:
     """The trainer class, counting in `real_tokens` what it trains on, without padding."""
 
-    class Counting(kind):  # type: ignore[misc, valid-type]
+    class Counting(kind):  # type: ignore[misc]
         real_tokens = 0
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:

@@ -190,7 +190,7 @@ def take_turns(
     warm_up: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, list[Turn]], dict[str, str]]:
-    """`turns` turns of each side after `warm_up` steps that are not measured; who goes first changes from round to round.
+    """`turns` turns of each side after `warm_up` steps that are not measured; who is first changes with every round.
 
     Returns the turns of each side that took them all, and why the others did not.
     """
