@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.ready
+KILLS ?= 20
 
-.PHONY: sweep methods methods-debug test setup lint unit help bench bench-eval bench-train bench-sweep wheel-test clean
+.PHONY: sweep methods methods-debug test setup lint unit help bench bench-eval bench-train bench-sweep wheel-test test-kills clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -55,6 +56,9 @@ bench-sweep: $(SETUP) ## a whole sweep against one written by hand, how time gro
 
 wheel-test: $(SETUP) ## build the wheel and use it outside the checkout
 	$(BIN)/python -m pytest -m slow tests/journey/test_wheel.py
+
+test-kills: $(SETUP) ## sweeps killed 20 times and begun again (KILLS=50 for more), and two sweeps at once: ten minutes
+	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/journey/test_kills.py tests/journey/test_two_sweeps.py
 
 clean: ## remove the environment, keep the ledger
 	rm -rf .venv build dist

@@ -9,7 +9,6 @@ import psutil
 import torch
 
 from lora_lab.data.encode import EncodedSet
-from lora_lab.errors import LabError
 from lora_lab.plan.job import Job
 from lora_lab.runner.workbench import Workbench
 
@@ -28,8 +27,8 @@ def seats_for(jobs: Sequence[Job], bench: Workbench, *, asked: int | None) -> in
         sets = [bench.tokens_of(job, base).train for job in jobs]
         if any(bench.why_not_together(job, max(one.lengths)) for job, one in zip(jobs, sets, strict=True)):
             return 1
-    except (LabError, OSError):
-        return 1  # the runs themselves meet it again, and record it
+    except Exception:  # noqa: BLE001 - the runs themselves meet it again, and record it
+        return 1
     if asked is not None:
         return min(asked, len(jobs))
     smallest = min(_tokens_per_pass(job, one) for job, one in zip(jobs, sets, strict=True))

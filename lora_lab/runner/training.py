@@ -21,14 +21,15 @@ from lora_lab.memory.meter import memory_now
 from lora_lab.models.load import LoadedBase
 from lora_lab.optim.optimizers import optimizer_facts, state_tensors
 from lora_lab.plan.job import Job
-from lora_lab.record.evaluation_log import carry_evaluations
+from lora_lab.record.checkpoint import read_checkpoint
+from lora_lab.record.evaluation_log import EVALUATIONS_FILE, carry_evaluations
 from lora_lab.record.gathered import Gathered
 from lora_lab.record.layer_log import copy_observations, observed_steps
 from lora_lab.record.parents import weights_identity
 from lora_lab.record.result import Metric
 from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.run_record import LAYERS_FILE, STEPS_FILE
-from lora_lab.record.step_log import StepLog, copy_steps
+from lora_lab.record.step_log import NONFINITE, StepLog, copy_steps, read_steps
 from lora_lab.record.watcher import Watcher
 from lora_lab.runner.observation import Observer
 from lora_lab.train.forward import Forward
@@ -110,6 +111,7 @@ class Training:
     def checkpoint(self) -> None:
         """Keeps the state between two steps on disk, in place of an older one."""
         start = time.perf_counter()
+        self._log.sync()
         save_state(self.member, self.attached, self._folder.checkpoint_folder)
         self._folder.drop_earlier_checkpoints()
         self._saved_at = time.monotonic()
@@ -137,17 +139,20 @@ class Training:
             return
         earlier = checkpoint.parent
         try:
-            load_state(self.member, self.attached, checkpoint)
-            step = self.member.step
+            step = int(read_checkpoint(checkpoint)[0]["step"])
             copy_steps(earlier / STEPS_FILE, self._folder.steps_path, up_to=step)
             copy_observations(earlier / LAYERS_FILE, self._folder.layers_path, up_to=step)
             carry_evaluations(earlier, self._folder.path, step=step)
+            load_state(self.member, self.attached, checkpoint)
         except (InputError, DataError) as error:
-            if self.member.step:
-                raise  # the state is loaded, and would be told from a log that is not there
+            for name in (STEPS_FILE, LAYERS_FILE, EVALUATIONS_FILE):
+                (self._folder.path / name).unlink(missing_ok=True)
             self._gathered.warnings.append(f"begun anew, since the checkpoint could not be used: {error}")
             return
         self._gathered.facts["resumed"] = {"attempt": int(earlier.name), "step": step}
+        for line in read_steps(self._folder.steps_path):  # who watches this attempt is shown the whole curve
+            values = {key: value for key, value in line.items() if key not in ("step", NONFINITE)}
+            self._watcher.step(self._folder.run_id, line["step"], values)
 
     def close(self) -> None:
         """Puts the log on disk; doing so twice is fine."""

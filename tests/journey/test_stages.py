@@ -323,6 +323,7 @@ def test_a_killed_stage_is_tried_again_from_the_same_parent(copy: Lab) -> None:
     """The same command, with the parent by its name: the child's name must not have made that name ambiguous."""
     parent = of_method(copy, "lora")
     sweep = ("-m", f"init_from={parent.name}", "seed=0,1", "training.max_steps=60", "data.train_size=16")
+    sweep += ("launch.cohort=off",)  # one after the other, so that one is done while the other trains
     count = len(copy.runs())
     process = copy.start(*sweep)
     wait_until(lambda: len(copy.runs()) == count + 2 and lines_of(copy.runs()[-1].steps_path) > 3, process)

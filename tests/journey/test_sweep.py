@@ -24,7 +24,7 @@ from tests.journey.program import Answer, Lab, lines_of, metrics_of, own_logging
 from tests.stepping import poison
 
 # Four trials, long enough for a signal to meet one in the middle of its training.
-SWEEP = ("-m", "rank=4,8", "seed=0,1", "training.max_steps=100", "dropout=0.1")
+SWEEP = ("-m", "rank=4,8", "seed=0,1", "training.max_steps=100", "dropout=0.1", "launch.cohort=off")
 _DEEP_IN_TRAINING = 5
 
 
@@ -158,21 +158,21 @@ def test_repeat_measures_an_equal_trial_again(lab: Lab) -> None:
 
 
 class Failing:
-    """`load_base` that fails where `fails` says so, counting its calls."""
+    """`attach`, which every run calls once, failing where `fails` says so, and counting its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
-        from lora_lab import restore
+        from lora_lab.runner import run
 
         self.calls = 0
         self._fails = fails
-        self._load = restore.load_base
-        monkeypatch.setattr(restore, "load_base", self)
+        self._attach = run.attach
+        monkeypatch.setattr(run, "attach", self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         if self._fails(self.calls):
             raise RuntimeError("injected")
-        return self._load(*args, **kwargs)
+        return self._attach(*args, **kwargs)
 
 
 def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,12 @@ the rate warms up and falls along a cosine. The undisturbed training is the refe
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +28,7 @@ from lora_lab.schema.trial import Trial
 from lora_lab.train.loop import train
 from lora_lab.train.member import Member, StepRecord, member_of
 from lora_lab.train.saved_state import load_state, save_state
-from tests.conftest import MakeTrial
+from tests.conftest import CHECKOUT, MakeTrial
 from tests.contract.test_every_method import CPU, ROWS, attached_to, load, rows, trial_of
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -74,18 +80,24 @@ def compare(
     stops: tuple[int, ...],
     change: Callable[[Member], None] = lambda member: None,
 ) -> Member:
-    """The undisturbed training against one that is stopped after each of `stops`, saved, and built anew."""
+    """The undisturbed training against one that is stopped after each of `stops`, saved, and built anew.
+
+    The stopped one is kept and goes on beside the one built anew: they agree after each step, not only at the end.
+    """
     undisturbed = begun(trial, cache, change)
     go_on(undisturbed)
     resumed = begun(trial, cache, change)
-    for stop in stops:
-        go_on(resumed, until=stop)
+    go_on(resumed, until=stops[0])
+    for stop, end in itertools.pairwise((*stops, STEPS)):
         save_state(resumed[1], resumed[0], folder)
         torch.manual_seed(stop)  # global random state is none of the training's
-        before, resumed = resumed, begun(trial, cache, change)
+        stopped, resumed = resumed, begun(trial, cache, change)
         load_state(resumed[1], resumed[0], folder)
-        assert_same(before, resumed)
-    go_on(resumed)
+        assert_same(stopped, resumed)
+        for step in range(stop + 1, end + 1):
+            go_on(stopped, until=step)
+            go_on(resumed, until=step)
+            assert_same(stopped, resumed)
     assert_same(undisturbed, resumed)
     return undisturbed[1]
 
@@ -102,9 +114,13 @@ def assert_same(one: Begun, other: Begun) -> None:
     if attached.routing is not None:
         assert resumed.routing is not None
         assert attached.routing.statistics() == resumed.routing.statistics()
-    peft: Mapping[str, Any] = getattr(attached.model, "peft_config", {})
-    for name, config in peft.items():
-        assert getattr(config, "rank_pattern", None) == getattr(resumed.model.peft_config[name], "rank_pattern", None)
+    if member.course is not None:
+        assert again.course is not None
+        state, same = member.course.state(member.step), again.course.state(again.step)
+        assert state.values == same.values
+        assert {name: described(one) for name, one in state.tensors.items()} == {
+            name: described(one) for name, one in same.tensors.items()
+        }
 
 
 def without_times(records: list[StepRecord]) -> list[StepRecord]:
@@ -207,3 +223,56 @@ def test_other_ways_to_take_the_step(make_trial: MakeTrial, shared: Path, tmp_pa
 
     trial = trial_of(make_trial, "lora", "llama", *SETTING, "dropout=0.1")
     compare(trial, shared, tmp_path / "checkpoint", stops=(3,), change=change)
+
+
+# What another process is told: where the trials, the cache of models and the checkpoints are.
+_OTHER_PROCESS = """
+import json, sys
+from pathlib import Path
+import torch
+from lora_lab.schema.trial import read_trial
+from lora_lab.train.saved_state import load_state
+from tests.parity.test_resume import begun, digest, go_on
+torch.set_num_threads(1)
+folder, cache = Path(sys.argv[1]), Path(sys.argv[2])
+found = {}
+for method, mapping in json.loads((folder / "trials.json").read_text()).items():
+    pair = begun(read_trial(mapping), cache, lambda member: None)
+    load_state(pair[1], pair[0], folder / method)
+    go_on(pair)
+    found[method] = digest(pair)
+print(json.dumps(found))
+"""
+
+
+def digest(pair: Begun) -> str:
+    """Of all weights and of the records without their times."""
+    attached, member = pair
+    found = hashlib.sha256(repr(without_times(member.records)).encode())
+    for name, parameter in attached.model.named_parameters():
+        found.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def test_another_process_goes_on(make_trial: MakeTrial, shared: Path, tmp_path: Path) -> None:
+    """With another order of sets and another address for everything."""
+    trials = {method: trial_of(make_trial, method, "llama", *SETTING) for method in ROWS}
+    mappings = {method: trial.model_dump(mode="json") for method, trial in trials.items()}
+    (tmp_path / "trials.json").write_text(json.dumps(mappings))
+    expected = {}
+    for method, trial in trials.items():
+        pair = begun(trial, shared, lambda member: None)
+        go_on(pair, until=3)
+        save_state(pair[1], pair[0], tmp_path / method)
+        go_on(pair)
+        expected[method] = digest(pair)
+    other = subprocess.run(
+        [sys.executable, "-c", _OTHER_PROCESS, str(tmp_path), str(shared)],
+        cwd=CHECKOUT,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert other.returncode == 0, other.stderr
+    assert json.loads(other.stdout.splitlines()[-1]) == expected

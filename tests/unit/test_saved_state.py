@@ -6,6 +6,7 @@ import dataclasses
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -303,6 +304,25 @@ def test_weights_that_are_not_finite_are_kept_as_they_are(lora: Trial, shared: P
     assert resumed.step == 2 and str(resumed.diverged).startswith("step 3: loss nan")
 
 
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_what_was_taken_out_of_the_base_is_what_training_began_with(
+    make_trial: MakeTrial, shared: Path, tmp_path: Path, method: str
+) -> None:
+    """A decomposition that is computed again, on other cores, may come out a little different."""
+    trial = trial_of(make_trial, method, "llama")
+    attached, member = trained(trial, shared, until=2)
+    save_state(member, attached, tmp_path / "checkpoint")
+    again, resumed = begun(trial, shared)
+    starts = {name: one for name, one in again.model.named_parameters() if ".default_start." in name}
+    assert len(starts) == len(attached.trained)
+    with torch.no_grad():
+        for parameter in starts.values():
+            parameter.mul_(1 + 1e-6)
+    load_state(resumed, again, tmp_path / "checkpoint")
+    expected = dict(attached.model.named_parameters())
+    assert all(torch.equal(one, expected[name]) for name, one in starts.items())
+
+
 def test_only_two_files_are_kept_and_their_bytes_counted(lora: Trial, shared: Path, tmp_path: Path) -> None:
     attached, member = begun(lora, shared)
     folder = tmp_path / "deep" / "checkpoint"
@@ -451,6 +471,28 @@ def test_death_at_every_call_leaves_the_older_or_the_newer(constant: Trial, shar
     assert found == sorted(found) and {1, 2} == set(found) and len(found) > 12
 
 
+def test_tensors_are_on_disk_before_anything_names_them(
+    constant: Trial, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut would find out."""
+    folder, seen = tmp_path / "checkpoint", list[str]()
+    fsync, replace, unlink = os.fsync, Path.replace, Path.unlink
+    monkeypatch.setattr(
+        os, "fsync", lambda one: (seen.append(Path(f"/proc/self/fd/{one}").readlink().name), fsync(one))
+    )
+    monkeypatch.setattr(Path, "replace", lambda one, to: (seen.append(f"-> {to.name}"), replace(one, to))[1])
+    monkeypatch.setattr(Path, "unlink", lambda one, **how: (seen.append(f"no {one.name}"), unlink(one, **how))[1])
+    attached, member = trained(constant, shared, until=1)
+    save_state(member, attached, folder)
+    (old,) = (file.name for file in folder.glob("*.safetensors"))
+    seen.clear()
+    save_state(member, attached, folder)
+    (new,) = (file.name for file in folder.glob("*.safetensors"))
+    named = seen.index("-> checkpoint.json")
+    assert new in seen[:named] and "checkpoint" in seen[seen.index(new) : named]
+    assert "checkpoint" in seen[named : seen.index(f"no {old}")]
+
+
 def test_a_disk_that_refuses_leaves_the_older(
     constant: Trial, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,10 +505,8 @@ def test_a_disk_that_refuses_leaves_the_older(
     def refuse(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("fsync", "rename"):
-        monkeypatch.setattr(os, name, refuse)
-        if name == "rename":
-            monkeypatch.setattr(Path, "replace", refuse)
+    for owner, name in ((os, "fsync"), (Path, "replace")):
+        monkeypatch.setattr(owner, name, refuse)
         with pytest.raises(MachineError, match="No space left on device"):
             save_state(member, attached, folder)
         monkeypatch.undo()
@@ -475,8 +515,6 @@ def test_a_disk_that_refuses_leaves_the_older(
 
 def test_a_full_disk_is_one_line(constant: Trial, shared: Path, tmp_path: Path) -> None:
     """A real one, where a small file system may be mounted."""
-    import subprocess
-
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)]
