@@ -15,9 +15,10 @@ from lora_lab.data.encode import Encoded
 from tests.benchmarks.machine_speed import product_gflops
 from tests.benchmarks.train_compile import bill
 from tests.benchmarks.train_memory import MEMBERS, serve_memory
-from tests.benchmarks.train_rows import COMPILED, RIVALS, Case, base_of, members_of, rows_of, tokenizer_of
+from tests.benchmarks.train_processes import Task, remote_sides
+from tests.benchmarks.train_rows import RIVALS, Case, base_of, members_of, rows_of, tokenizer_of
 from tests.benchmarks.train_trainer import why_no_trl
-from tests.benchmarks.train_turns import Task, remote_sides, steps_of_a_turn, summary, take_turns
+from tests.benchmarks.train_turns import steps_of_a_turn, summary, take_turns
 from tests.benchmarks.train_work import mean_tokens, operations, own_shapes_limit, products
 
 _GRAPHS = "TORCHINDUCTOR_CACHE_DIR"
@@ -92,16 +93,15 @@ def measure_memory(model: str, target: str, setting: Setting) -> dict[str, Any]:
     return found
 
 
-def measure_compile(case: Case, side: str, setting: Setting) -> dict[str, Any]:
-    """The side with and without compiled layers: from no compiled graphs on disk, and again with those of before."""
+def measure_compile(case: Case, side: str, how: str, setting: Setting) -> dict[str, Any]:
+    """The side with and without compiled regions: from no compiled graphs on disk, and again with those of before."""
     rows = _rows(case, setting)
     with TemporaryDirectory() as folder, _graphs_in(folder):
-        states = {state: _compiled(case, side, rows, setting) for state in ("cold", "warm")}
-    return {**asdict(case), "side": side, **states}
+        states = {state: _compiled(case, (side, side + how), rows, setting) for state in ("cold", "warm")}
+    return {**asdict(case), "side": side, "how": how, **states}
 
 
-def _compiled(case: Case, side: str, rows: Sequence[Encoded], setting: Setting) -> dict[str, Any]:
-    both = (side, side + COMPILED)
+def _compiled(case: Case, both: tuple[str, str], rows: Sequence[Encoded], setting: Setting) -> dict[str, Any]:
     with remote_sides([_task(case, [one], rows, setting) for one in both]) as remotes:
         sides = {remote.name: remote for remote in remotes}
         turns, gone = take_turns(sides, turns=setting.compile_turns, steps=dict.fromkeys(both, 1), warm_up=0)

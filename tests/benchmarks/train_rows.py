@@ -65,7 +65,9 @@ MICRO_BATCHES = (1, 2, 8)
 COHORTS = (2, 4, 8, 16)
 # trl: as it comes, with gradient checkpointing; trl_kept: without, as all others are.
 RIVALS = ("trainer", "trl", "trl_kept")
-COMPILED = "_compiled"  # ends the name of a side of the lab's whose layers are compiled
+# End the name of a side of the lab's that is compiled; `train_compile` says how.
+LAYERS_COMPILED, PARTS_COMPILED = "_layers_compiled", "_parts_compiled"
+COMPILED = (LAYERS_COMPILED, PARTS_COMPILED)
 SIDES = (*RIVALS, "solo", *(f"cohort_{members}" for members in COHORTS))
 
 
@@ -90,7 +92,7 @@ class Case:
 
 def members_of(side: str) -> int:
     """Runs that a side trains at once."""
-    return int(side.removeprefix("cohort_").removesuffix(COMPILED)) if side.startswith("cohort_") else 1
+    return int(side.removeprefix("cohort_").partition("_")[0]) if side.startswith("cohort_") else 1
 
 
 def chosen_cases(models: Sequence[str], targets: Sequence[str], micro_batches: Sequence[int]) -> list[Case]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer
 
 from lora_lab.adapters.attach import attach
@@ -72,16 +72,6 @@ def lab_side(trials: Sequence[Trial], rows: Sequence[Encoded], cache: Path) -> S
         return [*model_tensors(forward.trunk.model), *own]
 
     return Side(step, tensors, forward.trunk.model)
-
-
-def compile_layers(network: nn.Module) -> int:
-    """Compiles every layer of the decoder's list of layers; how many there are."""
-    layers = max(
-        (module for module in network.modules() if isinstance(module, nn.ModuleList)), key=len, default=nn.ModuleList()
-    )
-    for layer in layers:
-        layer.compile(dynamic=True)
-    return len(layers)
 
 
 _bases: dict[str, Any] = {}

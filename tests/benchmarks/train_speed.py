@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 
 from tests.benchmarks.train_parts import Setting, measure_case, measure_compile, measure_memory, with_limits
 from tests.benchmarks.train_plot import write_plot
-from tests.benchmarks.train_rows import MICRO_BATCHES, MODELS, SIDES, TARGETS, Case, chosen_cases
+from tests.benchmarks.train_rows import COMPILED, MICRO_BATCHES, MODELS, SIDES, TARGETS, Case, chosen_cases
 from tests.benchmarks.train_table import cases_text, tail_text
 
 PARTS = ("cases", "memory", "compile")
@@ -44,14 +45,13 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
     if "cases" in options.parts:
         for case in chosen_cases(options.models, options.targets, options.micro_batches):
             yield "cases", case.name, partial(measure_case, case, options.sides)
-    pairs = [(model, target) for model in options.models for target in options.targets]
     if "memory" in options.parts:
-        for pair in pairs:
+        for pair in product(options.models, options.targets):
             yield "memory", " ".join(pair), partial(measure_memory, *pair)
     if "compile" in options.parts:
         case = Case(options.models[0], options.targets[0], _COMPILED_MICRO_BATCH)
-        for side in (one for one in _COMPILED_SIDES if one in options.sides):
-            yield "compile", f"{case.name} {side}", partial(measure_compile, case, side)
+        for side, how in product((one for one in _COMPILED_SIDES if one in options.sides), COMPILED):
+            yield "compile", f"{case.name} {side}{how}", partial(measure_compile, case, side, how)
 
 
 def measure(options: argparse.Namespace, before: Mapping[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
@@ -140,7 +140,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sides", type=names, default=list(SIDES), help=f"of {','.join(SIDES)}")
     parser.add_argument("--parts", type=names, default=list(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--turns", type=int, default=3, help="of each side, after one step that is not measured")
-    parser.add_argument("--compile-turns", type=int, default=12)
+    parser.add_argument("--compile-turns", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a tiny model, one turn: whether it runs, not how fast")
     parser.add_argument("--cache", type=Path, default=Path("lab/cache"), help="gets the 1B-shaped model too: 2 GB")

@@ -75,7 +75,8 @@ def _tail(result: Mapping[str, Any]) -> Iterator[str]:
         yield from _memory(found)
     for found in result["compile"].values():
         for state in ("cold", "warm"):
-            yield f"compiled layers, {name_of(found['side'])}, {state}: {_bill(found[state])}"
+            what = found["how"].strip("_").replace("_", " ")
+            yield f"{what}, {name_of(found['side'])}, {state}: {_bill(found[state])}"
     if result["quick"]:
         yield "a tiny model and one turn: its times mean nothing"
     speeds = result["matrix_product_gflops"]

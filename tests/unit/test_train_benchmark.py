@@ -15,11 +15,19 @@ from lora_lab.adapters.attach import count_parameters
 from lora_lab.data.encode import Encoded
 from lora_lab.models.load import model_folder
 from lora_lab.models.random import random_network
-from tests.benchmarks.train_compile import bill
+from tests.benchmarks.train_compile import bill, compile_regions
 from tests.benchmarks.train_memory import memory, same_length
 from tests.benchmarks.train_parts import with_limits
 from tests.benchmarks.train_plot import write_plot
-from tests.benchmarks.train_rows import Case, chosen_cases, members_of, rows_of, tokenizer_of
+from tests.benchmarks.train_rows import (
+    LAYERS_COMPILED,
+    PARTS_COMPILED,
+    Case,
+    chosen_cases,
+    members_of,
+    rows_of,
+    tokenizer_of,
+)
 from tests.benchmarks.train_sides import lab_side, run_rival
 from tests.benchmarks.train_speed import PARTS, measure
 from tests.benchmarks.train_table import cases_text, tail_text
@@ -96,7 +104,7 @@ def test_cases_are_named_and_checked() -> None:
     ]
     with pytest.raises(ValueError, match=r"gpt9.*heads.*3 \(divides 8\)"):
         chosen_cases(["gpt9"], ["heads"], [3])
-    assert [members_of(side) for side in ("trainer", "solo", "cohort_8", "cohort_8_compiled")] == [1, 1, 8, 8]
+    assert [members_of(side) for side in ("trainer", "solo", "cohort_8", "cohort_8" + PARTS_COMPILED)] == [1, 1, 8, 8]
     assert [steps_of_a_turn(side) for side in ("solo", "cohort_2", "cohort_16")] == [2, 1, 1]
 
 
@@ -131,6 +139,16 @@ def test_compiling_is_paid_back_by_the_gain() -> None:
     assert found["compile_seconds"] == pytest.approx(30.0)
     assert found["steps_until_it_pays"] == pytest.approx(30.0)
     assert bill([Turn(12, 9.0), *[Turn(12, 2.0)] * 5], [Turn(12, 2.0)] * 6)["steps_until_it_pays"] is None
+
+
+@pytest.mark.parametrize(("target", "parts"), [("qv", 3), ("all_linear", 2)])
+def test_parts_with_an_adapter_are_not_compiled(target: str, parts: int, rows: list[Encoded], shared: Path) -> None:
+    """Of a layer two norms, and the MLP where nothing in it is adapted."""
+    case = Case("tiny_random", target, micro_batch=2, batch=4)
+    layers = case.trials(1)[0].model.shape.num_layers
+    network = lab_side(case.trials(2), rows, shared).network
+    assert compile_regions(network, PARTS_COMPILED) == parts * layers
+    assert compile_regions(network, LAYERS_COMPILED) == layers
 
 
 def test_all_sides_train_the_same_parameters_on_the_same_tokens(
