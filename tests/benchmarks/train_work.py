@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from lora_lab.data.encode import Encoded
 
 _READ_EMBEDDINGS = ("q_proj", "k_proj", "v_proj")
-# A measurement is repeated until it has taken so long, at least twice and at most five times.
+# A measurement is repeated until it has taken so long, but not for ever.
 _ENOUGH_SECONDS = 2.0
+_MOST_REPEATS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,7 @@ def own_shapes_limit(
     inputs = {(size, head): torch.randn(loss_rows if head else rows, size) for size, head in sizes}
     seconds: list[float] = []
     with torch.no_grad():
-        _pass(found, inputs)  # warm
-        while len(seconds) < 2 or (len(seconds) < 5 and sum(seconds) < _ENOUGH_SECONDS):
+        while sum(seconds) < _ENOUGH_SECONDS and len(seconds) < _MOST_REPEATS:
             begin = clock()
             _pass(found, inputs)
             seconds.append(clock() - begin)

@@ -90,11 +90,11 @@ def test_operations_of_the_tiny_shape() -> None:
 
 
 def test_the_limit_of_own_shapes_is_the_best_pass() -> None:
-    times = iter([0.0, 3.0, 10.0, 12.0, 20.0, 24.0])
+    times = iter([0.0, 1.5, 10.0, 10.25, 20.0, 20.5])
     found = products(random_network(TINY_SHAPE, seed=0))
     shapes = own_shapes_limit(found, rows=6, loss_rows=2, clock=lambda: next(times))
-    assert shapes.tokens_per_second == pytest.approx(6 / 2.0), "the second of two passes took 2 seconds"
-    assert shapes.gflops == pytest.approx(operations(found, tokens=6, loss_tokens=2) / 2.0 / 1e9)
+    assert shapes.tokens_per_second == pytest.approx(6 / 0.25), "of three passes, which took 2.25 s, the second was the best"
+    assert shapes.gflops == pytest.approx(operations(found, tokens=6, loss_tokens=2) / 0.25 / 1e9)
 
 
 def test_cases_are_named_and_checked() -> None:
