@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.evaluate.tasks import prepare_tasks
+from lora_lab.models.load import model_folder
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.run_record import RunRecord
 from tests.benchmarks.sweep_plan import Run, Sweep, rows_as_tokens
@@ -74,6 +75,8 @@ def _switches(threads: int) -> dict[str, str]:
 
 def run_ours(sweep: Sweep, name: str, places: Places, *, told: Sequence[str] = ()) -> dict[str, Any]:
     """The whole sweep as a user starts it, with an empty ledger and nothing in its cache but the model."""
+    # Converted before the clock starts, where it is not there yet.
+    model_folder(sweep.trial(sweep.runs()[0], places.mirror.resolve()).model, places.cache)
     folder = _empty(places.work / name)
     cache = folder / "cache"
     cache.mkdir()
@@ -134,7 +137,7 @@ def run_theirs(sweep: Sweep, run: Run, places: Places) -> dict[str, Any]:
 
 def _given(sweep: Sweep, places: Places) -> dict[str, Any]:
     """What theirs is given ready: the base's folder, rows as tokens, task files. Made once, in nobody's time."""
-    note = places.work / "given.json"
+    note = places.work / f"given_{sweep.model}.json"
     if not note.is_file():
         trial = sweep.trial(sweep.runs()[0], places.mirror.resolve())
         folder, examples = rows_as_tokens(trial, places.cache)

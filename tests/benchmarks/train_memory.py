@@ -7,7 +7,7 @@ with 16 rows. What is left between them is what a member costs of its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,9 @@ def memory(model: str, target: str, rows: Sequence[Encoded], cache: Path, *, mem
         "target": target,
         "rows": ROWS,
         "row_tokens": len(chosen[0].input_ids),
-        "peak_bytes": peaks,
-        "persistent_bytes": persistent,
-        "ratio": {count: peak / peaks[1] for count, peak in peaks.items()},
+        "peak_bytes": _named(peaks),
+        "persistent_bytes": _named(persistent),
+        "ratio": _named({count: peak / peaks[1] for count, peak in peaks.items()}),
         "further_member_bytes": _slope(peaks),
         "further_member_persistent_bytes": _slope(persistent),
     }
@@ -59,6 +59,11 @@ def peak_of(side: Side) -> tuple[int, int]:
     with LiveBytes(kept) as counter:
         side.step()
     return counter.peak_bytes, storage_bytes(kept)
+
+
+def _named(values: Mapping[int, float]) -> dict[str, float]:
+    """With keys that are the same in a JSON file."""
+    return {str(count): value for count, value in values.items()}
 
 
 def _slope(values: dict[int, int]) -> float | None:

@@ -72,4 +72,4 @@ def _add_memory(figure: Any, memory: Mapping[str, Any]) -> None:
 def _title(result: Mapping[str, Any]) -> str:
     speeds = result["matrix_product_gflops"]
     top = f"; {max(speeds):.0f} GFLOP/s in one large product" if speeds else ""
-    return f"Training, {result['dtype']}, {result['threads']} threads, medians of {result['turns']} turns{top}"
+    return f"Training, {result['dtype']}, {result['threads']} threads{top}"

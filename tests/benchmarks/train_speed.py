@@ -85,7 +85,6 @@ def _facts(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "quick": options.quick,
         "threads": options.threads,
-        "turns": options.turns,
         "dtype": "float32",
         "versions": {name: _version(name) for name in _LIBRARIES},
     }

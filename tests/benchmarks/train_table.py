@@ -81,10 +81,11 @@ def _tail(result: Mapping[str, Any]) -> Iterator[str]:
         yield "a tiny model and one turn: its times mean nothing"
     speeds = result["matrix_product_gflops"]
     loads = [load for case in result["cases"].values() for load in case["load_average"]]
+    turns = [len(side["turns"]) for case in result["cases"].values() for side in case["sides"].values()]
     if speeds:
         yield (
             f"{min(speeds):.0f} to {max(speeds):.0f} GFLOP/s in one large product, load average {min(loads):.1f} to "
-            f"{max(loads):.1f} on {result['threads']} threads, medians of {result['turns']} turns"
+            f"{max(loads):.1f} on {result['threads']} threads, medians of {min(turns, default=0)} to {max(turns, default=0)} turns"
         )
     yield f"{result['seconds']:.0f} s in all"
 
