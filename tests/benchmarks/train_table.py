@@ -85,7 +85,7 @@ def _tail(result: Mapping[str, Any]) -> Iterator[str]:
     if speeds:
         yield (
             f"{min(speeds):.0f} to {max(speeds):.0f} GFLOP/s in one large product, load average {min(loads):.1f} to "
-            f"{max(loads):.1f} on {result['threads']} threads, medians of {min(turns, default=0)} to {max(turns, default=0)} turns"
+            f"{max(loads):.1f} on {result['threads']} threads, at least {min(turns, default=0)} turns of each side"
         )
     yield f"{result['seconds']:.0f} s in all"
 
