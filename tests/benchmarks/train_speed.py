@@ -27,7 +27,16 @@ import torch
 
 from tests.benchmarks.train_parts import Setting, measure_case, measure_compile, measure_memory, with_limits
 from tests.benchmarks.train_plot import write_plot
-from tests.benchmarks.train_rows import COMPILED, MICRO_BATCHES, MODELS, SIDES, TARGETS, Case, chosen_cases
+from tests.benchmarks.train_rows import (
+    COMPILED,
+    MICRO_BATCHES,
+    MODELS,
+    PARTS_COMPILED,
+    SIDES,
+    TARGETS,
+    Case,
+    chosen_cases,
+)
 from tests.benchmarks.train_table import cases_text, tail_text
 
 PARTS = ("cases", "memory", "compile")
@@ -50,7 +59,8 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
             yield "memory", " ".join(pair), partial(measure_memory, *pair)
     if "compile" in options.parts:
         case = Case(options.models[0], options.targets[0], _COMPILED_MICRO_BATCH)
-        for side, how in product((one for one in _COMPILED_SIDES if one in options.sides), COMPILED):
+        ways = [PARTS_COMPILED] if options.quick else COMPILED  # whole layers take minutes, however small they are
+        for side, how in product((one for one in _COMPILED_SIDES if one in options.sides), ways):
             yield "compile", f"{case.name} {side}{how}", partial(measure_compile, case, side, how)
 
 
