@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.ready
 KILLS ?= 20
 
-.PHONY: sweep methods methods-debug test setup lint unit help bench bench-eval wheel-test test-kills clean
+.PHONY: sweep methods methods-debug test setup lint unit help bench bench-eval bench-train bench-sweep wheel-test test-kills clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,12 @@ bench: $(SETUP) ## planning, the page, and training speed against a plain PEFT l
 
 bench-eval: $(SETUP) ## scoring against lm-eval's own engine on official rows: under 40 minutes on two cores
 	$(BIN)/python -m tests.benchmarks.eval_speed
+
+bench-train: $(SETUP) ## training against Trainer + PEFT and TRL: speed, memory, compiling; about an hour on two cores
+	$(BIN)/python -m tests.benchmarks.train_speed
+
+bench-sweep: $(SETUP) ## a whole sweep against one written by hand, how time grows with trials: about two hours on two cores
+	$(BIN)/python -m tests.benchmarks.sweep_speed
 
 wheel-test: $(SETUP) ## build the wheel and use it outside the checkout
 	$(BIN)/python -m pytest -m slow tests/journey/test_wheel.py

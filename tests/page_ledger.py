@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.record.layer_log import write_observation
-from lora_lab.record.ledger import Ledger
+from lora_lab.record.ledger import Ledger, run_id_of
 from lora_lab.record.result import Metric, Status
 from lora_lab.record.run_folder import RunFolder
 from lora_lab.record.run_record import ROUTING_FILE, RunRecord
 from lora_lab.record.step_log import StepLog
-from tests.unit.ledger_samples import claim, digest, loss, result_of, trial_of
+from tests.unit.ledger_samples import as_member, claim, digest, loss, result_of, trial_of
 
 # Each would mark the page's root element if it ran.
 _MARK = "document.documentElement.dataset.owned=1"
@@ -42,6 +42,7 @@ def add_run(
     trial: dict[str, Any],
     *,
     name: str | None = None,
+    repeat: int = 0,
     score: float = 2.5,
     steps: int = 12,
     status: Status = Status.COMPLETED,
@@ -49,13 +50,15 @@ def add_run(
     answer: str = "42",
     metric_name: str = "heldout/loss",
     step_values: Mapping[str, float] | None = None,
+    shared_steps: Mapping[str, float] | None = None,
     also: Callable[[RunFolder], None] = lambda folder: None,
     **changes: Any,
 ) -> RunRecord:
     """One run with a falling loss, sample answers and costs that follow from its rank. step_values: in every step's
-    line too. also: what else is written into its folder."""
+    line too. shared_steps: in every line in place of what is measured of a run that is alone. also: what else is
+    written into its folder."""
     ledger = Ledger(root)
-    folder = claim(ledger, trial, name=name)
+    folder = claim(ledger, trial, repeat=repeat, name=name)
     assert folder is not None
     with folder:
         with StepLog(folder.steps_path) as log:
@@ -71,8 +74,7 @@ def add_run(
                         "tokens": 400,
                         "loss_tokens": 100,
                         "padded_tokens": 420,
-                        "seconds": 0.5,
-                        "rss_bytes": 2_000_000_000,
+                        **({"seconds": 0.5, "rss_bytes": 2_000_000_000} if shared_steps is None else shared_steps),
                         **{name: one / step for name, one in (step_values or {}).items()},
                     },
                 )
@@ -98,7 +100,7 @@ def add_run(
             "facts": {"executed": "alone", "warnings": []},
         }
         folder.write_result(result_of(folder, **{**fields, **changes}))
-    record = ledger.find(digest(trial), 0)
+    record = ledger.find(digest(trial), repeat)
     assert record is not None
     return record
 
@@ -120,6 +122,24 @@ def fill(root: Path, *, ranks: Sequence[int], rates: Sequence[float], seeds: Seq
                 score = 2.5 - 0.1 * math.log2(rank) + 0.3 * away + 0.02 * math.sin(7 * seed + rank)
                 trial = trial_of(rank=rank, alpha=2.0 * rank, learning_rate=rate, seed=seed)
                 add_run(root, trial, score=score, steps=steps)
+
+
+def add_cohort(
+    root: Path, cohort: str, trials: Sequence[dict[str, Any]], *, seats: int, on_cpu: bool = True, score: float = 2.5
+) -> list[RunRecord]:
+    """Runs that were trained together, the first of them to its end first; each score is 0.01 above the last."""
+    members = [run_id_of(digest(trial), 0) for trial in trials]
+    shared = {"cohort_tokens_per_second": 345.0, "cohort_rss_bytes": 3_000_000_000}
+    return [
+        add_run(
+            root,
+            trial,
+            score=score + 0.01 * place,
+            shared_steps=shared,
+            **as_member(cohort, members, seats=seats, wall=10.0 * (place + 1), on_cpu=on_cpu),
+        )
+        for place, trial in enumerate(trials)
+    ]
 
 
 KINDS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}

@@ -12,6 +12,7 @@ from lora_lab.app.planning import Plan, cache_folder
 from lora_lab.app.report_command import draw_page
 from lora_lab.errors import InputError, Problem
 from lora_lab.record.ledger import Ledger, run_id_of
+from lora_lab.record.repeats import with_repeats
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
 from lora_lab.record.study_folder import begin_study, page_path, write_table
@@ -48,7 +49,8 @@ def _run(plan: Plan, tracker: WandbTracker, *, as_json: bool) -> int:
         watchers = Watchers([progress, tracker] if page is None else [progress, tracker, page])
         tally = run_jobs(plan.jobs, ledger, plan.lab, cache=cache, watcher=watchers)
     records = [record for job in plan.jobs if (record := ledger.find(job.fingerprint, job.repeat)) is not None]
-    table = settings_table(records, metrics=plan.study.metrics if plan.study is not None else None)
+    measured = with_repeats(ledger, [run_id_of(job.fingerprint, job.repeat) for job in plan.jobs])
+    table = settings_table(measured, metrics=plan.study.metrics if plan.study is not None else None)
     if plan.study is not None and folder is not None:
         write_table(folder, table.to_json())
         tracker.study_finished(plan.study.name, table.to_json())

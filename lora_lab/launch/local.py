@@ -28,7 +28,7 @@ from lora_lab.restore import Restorer
 from lora_lab.runner.alone import run_alone
 from lora_lab.runner.cohort import Cohort
 from lora_lab.runner.desk import Desk
-from lora_lab.runner.seats import MemoryBudget, seats_for
+from lora_lab.runner.seats import MemoryBudget, seating_of
 from lora_lab.runner.workbench import Workbench
 from lora_lab.schema.trial import Lab
 
@@ -119,13 +119,16 @@ class _Shift:
         return held
 
     def _run_cohort(self, planned: PlannedCohort) -> list[Job]:
-        seats = 1 if planned.why_alone else seats_for(planned.jobs, self._bench, asked=planned.seats)
-        if seats == 1:
+        if planned.why_alone:
             return self._run_one_by_one(planned.jobs)
-        budget = MemoryBudget(self._bench.device, self._lab.launch.memory_fraction)
-        cohort = Cohort(planned.id, planned.jobs, seats, self._desk, budget)
-        cohort.run()
-        return cohort.held
+        seating = seating_of(planned.jobs, self._bench, asked=planned.seats)
+        held: list[Job] = []
+        if seating.together:
+            budget = MemoryBudget(self._bench.device, self._lab.launch.memory_fraction)
+            cohort = Cohort(planned.id, seating.together, seating.seats, self._desk, budget)
+            cohort.run()
+            held += cohort.held
+        return held + self._run_one_by_one(seating.apart)
 
     def _run_one_by_one(self, jobs: Sequence[Job]) -> list[Job]:
         held = []
@@ -141,7 +144,7 @@ class _Shift:
 
     def _is_last(self, job: Job, status: Status, queue: deque[Job]) -> bool:
         """Notes how a run ended: it comes back to the head of the queue while it has retries left."""
-        if status.is_final or status == Status.STOPPED:
+        if not status.is_retried:
             return self.is_over
         key = _key(job)
         self._tries[key] = self._tries.get(key, 0) + 1

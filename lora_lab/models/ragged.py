@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lora_lab.errors import first_line
 from lora_lab.models.config_limits import position_limits, rope_limits, text_sections, windows
+from lora_lab.models.quiet import quiet_transformers
 
 _ATTENTION = "lora_lab_ragged"
 # Of the probe: rows of which none is as long as another, so that places in the row and in the call differ.
@@ -43,18 +44,18 @@ class RaggedRows:
         """All tokens of the call."""
         return sum(self.lengths)
 
-    def padded(self, flat: Tensor, dim: int = 0) -> Tensor:
-        """`flat` with its dimension `dim` of all tokens split into [rows, width]; zeros on padding."""
-        shape = (*flat.shape[:dim], len(self.lengths), max(self.lengths), *flat.shape[dim + 1 :])
+    def padded(self, flat: Tensor) -> Tensor:
+        """[tokens, ...] as [rows, width, ...]; zeros on padding."""
+        rows, width = len(self.lengths), max(self.lengths)
         if self.places is None:
-            return flat.reshape(shape)
-        size = (*flat.shape[:dim], len(self.lengths) * max(self.lengths), *flat.shape[dim + 1 :])
-        return flat.new_zeros(size).index_copy(dim, self.places, flat).view(shape)
+            return flat.reshape(rows, width, *flat.shape[1:])
+        whole = flat.new_zeros(rows * width, *flat.shape[1:])
+        return whole.index_copy(0, self.places, flat).view(rows, width, *flat.shape[1:])
 
-    def flat(self, padded: Tensor, dim: int = 0) -> Tensor:
-        """The inverse: dimensions `dim` and `dim` + 1 of `padded` become one, without padding."""
-        joined = padded.flatten(dim, dim + 1)
-        return joined if self.places is None else joined.index_select(dim, self.places)
+    def flat(self, padded: Tensor) -> Tensor:
+        """The inverse: [rows, width, ...] as [tokens, ...], without padding."""
+        joined = padded.flatten(0, 1)
+        return joined if self.places is None else joined.index_select(0, self.places)
 
 
 def ragged_rows(lengths: Sequence[int], device: torch.device | str) -> RaggedRows:
@@ -78,7 +79,10 @@ class RaggedModel:
         """Raises ValueError where the model's attention cannot be chosen."""
         self.model = model
         self.rows: RaggedRows | None = None
-        model.set_attn_implementation(_ATTENTION)
+        with quiet_transformers():
+            model.set_attn_implementation(_ATTENTION)
+        if model.config._attn_implementation != _ATTENTION:
+            raise ValueError(f"the attention of {type(model).__name__} is its own and cannot be chosen")
         for module in model.modules():
             module.ragged_model = self
 
@@ -96,7 +100,8 @@ def _attention(
     if called is None or called.rows is None or attention_mask is not None:
         raise ValueError(f"{type(module).__name__} is not called through its RaggedModel")
     rows: RaggedRows = called.rows
-    by_row = [rows.padded(one.squeeze(0), dim=1).transpose(0, 1) for one in (query, key, value)]
+    # Token by token, as they lie in memory: all heads of a token are copied in one piece.
+    by_row = [rows.padded(one.squeeze(0).transpose(0, 1)).transpose(1, 2) for one in (query, key, value)]
     settings.pop("is_causal", None)
     attended, _ = sdpa_attention_forward(module, *by_row, None, is_causal=True, **settings)
     return rows.flat(attended).unsqueeze(0), None

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from lora_lab.errors import DataError, InputError, Problem, nearest
 from lora_lab.record.atomic import read_json, write_json
 from lora_lab.record.ledger import Ledger
+from lora_lab.record.repeats import trial_part, with_repeats
 from lora_lab.record.run_record import RunRecord
 from lora_lab.schema.study import Study
 
@@ -44,29 +45,12 @@ class StudyRecord:
         return (self.study.metrics or None) if self.study is not None else None
 
     def records(self, ledger: Ledger) -> list[RunRecord]:
-        """The runs of its trials that have begun, in the order of the trials, repeats of one together.
-
-        A trial that was measured once more (`repeat=1`) has the same scores, so all its runs are the study's, whichever
-        the last call asked for.
-        """
-        begun: dict[str, list[RunRecord]] = {}
-        for record in ledger.runs():
-            begun.setdefault(_trial_part(record.run_id), []).append(record)
-        trials = dict.fromkeys(map(_trial_part, self.run_ids))
-        return [record for trial in trials for record in sorted(begun.get(trial, []), key=_repeat)]
+        """Its runs that have begun, in the order in which they were asked for, with other repeats of its trials."""
+        return with_repeats(ledger, self.run_ids)
 
     def has(self, run_id: str) -> bool:
         """Whether a run is of one of its trials."""
-        return _trial_part(run_id) in set(map(_trial_part, self.run_ids))
-
-
-def _trial_part(run_id: str) -> str:
-    """What the names of all repeats of a trial begin with."""
-    return run_id.partition(".")[0]
-
-
-def _repeat(record: RunRecord) -> int:
-    return 0 if record.header is None else record.header.repeat
+        return trial_part(run_id) in set(map(trial_part, self.run_ids))
 
 
 def begin_study(root: Path, study: Study, run_ids: Sequence[str]) -> Path:

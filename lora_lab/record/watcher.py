@@ -31,7 +31,8 @@ class CohortMember:
 
 @dataclass(frozen=True, slots=True)
 class CohortView:
-    """A cohort at one moment. `seats`: how many runs it trains at once; `waiting`: how many are to join it yet.
+    """A cohort at one moment. `seats`: how many runs it trains at once; `waiting`: how many are to join it yet, with
+    `waiting_steps` steps in all (None: not known).
 
     tokens_per_second: of all members together, without padding; memory_bytes: of the process or device, by a key of the
     step log (`rss_bytes`, `allocated_bytes`) that says what it counts. None: not measured.
@@ -43,6 +44,7 @@ class CohortView:
     tokens_per_second: float | None
     memory_key: str | None
     memory_bytes: float | None
+    waiting_steps: int | None = None
 
 
 class Watcher(Protocol):

@@ -34,13 +34,13 @@ def alone_sentences(lacking: Sequence[NotAlone], *, study: str | None = None, ro
 def _sentence(kinds: str, one: NotAlone, study: str | None, root: Path | None, *, verb: str) -> str:
     count = len(one.settings)
     if count == one.of:
-        have = "the only setting has no" if count == 1 else f"none of {one.of} settings has a"
+        have = "the only setting has none" if count == 1 else f"none of {one.of} settings has one"
     else:
-        have = f"{count} of {one.of} settings {'has' if count == 1 else 'have'} no"
-    runs = f"{one.runs} run" + ("" if one.runs == 1 else "s")
+        have = f"{count} of {one.of} settings {'has' if count == 1 else 'have'} none"
+    runs = ("its only run" if one.runs == 1 else f"its {one.runs} runs") if count == 1 else f"their {one.runs} runs"
     names = ", ".join(one.settings[:_NAMED]) + (f" and {count - _NAMED} more" if count > _NAMED else "")
     return (
-        f"{kinds} {verb} compared between runs made alone only, and {have} such run ({runs}): {names}. "
+        f"{kinds} {verb} compared between runs made alone only; {have} among {runs}: {names}. "
         f"To measure: {_command(one.repeat, study, root)}"
     )
 

@@ -90,7 +90,7 @@ def _curves(findings: Findings) -> Family | None:
             figures[key] = learning_curves(curves, colours, title=title)
             reasons += missing
         else:
-            reasons.append(f"No {title}: {_some(missing)}.")
+            reasons.append(f"No {title} ({_some(missing)}).")
     if not figures:
         return None
     cut = f"The {_MOST_CURVES} best of {trained} settings; every run's own curve is on its page."

@@ -117,7 +117,7 @@ def _columns(runs: Sequence[RunView]) -> dict[str, _Column]:
 def _fitting(columns: Mapping[str, _Column], name_cells: int, *, width: int, gap: int) -> list[str]:
     """The columns that fit beside the name."""
     shown: list[str] = []
-    for key in _BY_IMPORTANCE:
+    for key in (key for key in _BY_IMPORTANCE if key in columns):
         least_name = min(name_cells, _SHORTEST_NAME if columns[key].is_needed else _READABLE_NAME)
         if least_name + sum(columns[one].cells + gap for one in [*shown, key]) > width:
             break

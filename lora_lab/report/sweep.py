@@ -16,7 +16,7 @@ from lora_lab.record.run_record import RunHeader
 from lora_lab.record.watcher import CohortView, StepValues
 from lora_lab.report.open_runs import OpenCohort, OpenRun
 from lora_lab.report.sweep_view import CohortState, RunView, SweepView
-from lora_lab.report.time_left import Pace, sweep_seconds_left, training_seconds_left
+from lora_lab.report.time_left import Done, Pace, Waiting, sweep_seconds_left, training_seconds_left
 
 __all__ = ["CohortState", "RunView", "Sweep", "SweepView"]
 
@@ -45,7 +45,7 @@ class Sweep:
             self._failures: dict[str, RunView] = {}
             self._outcomes: dict[str, str] = {}
             self._numbers: dict[str, int] = {}
-            self._run_seconds: list[float] = []
+            self._completed: list[Done] = []
 
     @property
     def total(self) -> int:
@@ -97,7 +97,7 @@ class Sweep:
             if run is None:
                 return None, len(self._outcomes)
             if result.status in _AS_PLANNED:
-                self._run_seconds.append(run.charged)
+                self._completed.append(Done(run.charged, run.steps))
             view = run.view(now, state=status, reason=result.reason)
             self._ended[run_id] = view
             if result.status not in _AS_PLANNED:
@@ -125,6 +125,8 @@ class Sweep:
         """The same for a cohort, by the steps of all its runs together."""
         with self._lock:
             cohort = self._cohorts[cohort_id]
+            if cohort_id not in self._live():
+                return False
             steps = sum(member.steps for member in cohort.view.members)
             share = (cohort.step - cohort.told_step) / steps if steps else 0.0
             return self._is_due(cohort, share >= after_share, after_seconds, silence_seconds)
@@ -133,7 +135,7 @@ class Sweep:
         now = self._clock()
         alone = [run for run in self._open.values() if run.cohort is None]
         others: list[OpenRun | OpenCohort] = [*alone, *(self._cohorts[name] for name in self._live())]
-        silence = now - max(other.told_at for other in (*self._open.values(), *others))
+        silence = now - max(other.told_at for other in (one, *self._open.values(), *others))
         if not ((silence >= after_seconds and has_moved) or silence >= silence_seconds):
             return False
         if any(other.told_at < one.told_at and other.step > other.told_step for other in others):
@@ -178,7 +180,12 @@ class Sweep:
             return self._seconds_left(self._clock())
 
     def _seconds_left(self, now: float) -> float | None:
-        return sweep_seconds_left(self._run_seconds, self._paces(self._open.values(), now), waiting=self._waiting())
+        views = [self._cohorts[name].view for name in self._live()]
+        runs, steps = sum(view.waiting for view in views), [view.waiting_steps for view in views]
+        known = [one for one in steps if one is not None]
+        is_known = runs == self._waiting() and len(known) == len(steps)
+        waiting = Waiting(self._waiting(), sum(known) if is_known else None)
+        return sweep_seconds_left(self._completed, self._paces(self._open.values(), now), waiting)
 
     def _paces(self, runs: Iterable[OpenRun], now: float) -> list[Pace]:
         uncharged = (now - self._charged) / max(len(self._open), 1)
@@ -201,7 +208,9 @@ class Sweep:
             tokens_per_second=view.tokens_per_second,
             memory_key=view.memory_key,
             memory_bytes=view.memory_bytes,
-            training_seconds_left=training_seconds_left(self._paces(seated, now), waiting=view.waiting),
+            training_seconds_left=training_seconds_left(
+                self._paces(seated, now), Waiting(view.waiting, view.waiting_steps)
+            ),
         )
 
     def _waiting(self) -> int:

@@ -60,7 +60,9 @@ def let_go(device: torch.device) -> None:
 def forward_alone(training: Training, job: Job, bench: Workbench) -> Iterator[Forward]:
     """How a single run's model is called: without padding where its method and model allow it."""
     member, model, mode = training.member, training.attached.model, job.trial.training.gradient_checkpointing
-    if bench.why_not_together(job, training.longest) is None:
+    why_padded = bench.why_not_together(job, training.longest)
+    training.note_rows("end to end" if why_padded is None else f"padded: {why_padded}")
+    if why_padded is None:
         trunk = Trunk(bench.plain_base(job))
         enable_checkpointing(trunk.model, mode)
         trunk.join(member.name, model)
@@ -81,9 +83,10 @@ def _train(run: Run, training: Training, forward: Forward) -> None:
     with run.measured("train"):
         training.begin(forward.device)
         while training.member.is_active and run.outcome is None:
-            tick(forward, [training.member], on_step=lambda _, record: training.on_step(record), timed=True)
             run.evaluate_point()
             run.judge()
+            if run.outcome is None:
+                tick(forward, [training.member], on_step=lambda _, record: training.on_step(record), timed=True)
     if forward.device.type == "cuda":
         for kind in ("allocated", "reserved"):
             measured[f"peak_{kind}_bytes"] = run.meter.measurements[f"train_peak_{kind}_bytes"]

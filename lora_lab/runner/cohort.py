@@ -20,7 +20,7 @@ from lora_lab.record.result import Status
 from lora_lab.record.watcher import CohortMember, CohortView
 from lora_lab.runner.alone import let_go
 from lora_lab.runner.desk import Desk
-from lora_lab.runner.outcome import Outcome
+from lora_lab.runner.outcome import Outcome, is_out_of_memory
 from lora_lab.runner.run import Run
 from lora_lab.runner.seats import MemoryBudget
 from lora_lab.runner.shared_cost import SharedCost
@@ -46,6 +46,7 @@ class Cohort:
         self._seated: list[Run] = []
         self._waiting: Run | None = None
         self._closed = False
+        self._per_pass = seats
         self._shown: list[str] = []
         self._shown_at = 0.0
 
@@ -65,8 +66,8 @@ class Cohort:
         self._fill()
         while self._seated:
             self._show()
-            self._advance()
             self._compare()
+            self._advance()
             for run in [one for one in self._seated if one.outcome is not None or not _training(one).member.is_active]:
                 self._leave(run)
             self._fill()
@@ -128,6 +129,7 @@ class Cohort:
             trunk = Trunk(self._desk.bench.plain_base(run.job))
             enable_checkpointing(trunk.model, run.job.trial.training.gradient_checkpointing)
             self._forward = Together(trunk)
+        training.note_rows("end to end")
         self._forward.trunk.join(run.run_id, training.attached.model)
         probe = training.probe(self._forward)
         self._budget.note(run.run_id, probe.peak_bytes - int(run.gathered.measurements["frozen_weight_bytes"]))
@@ -138,19 +140,41 @@ class Cohort:
         training.begin(self._desk.bench.device)
 
     def _advance(self) -> None:
-        """A pass of all who are seated. Where it fails, each goes on by itself, and who fails then has failed."""
-        active = [run for run in self._seated if run.outcome is None]
+        """A micro-batch of all who are seated, in one pass, or in several where one was too much for the memory.
+
+        Who goes on from its last step (it was killed while it was scored) has nothing left to do but to leave.
+        """
+        self._pass([run for run in self._seated if run.outcome is None and _training(run).member.is_active])
+
+    def _pass(self, runs: Sequence[Run]) -> None:
+        """Where a pass fails each run goes on by itself, and who fails then has failed; out of memory, in halves."""
+        size = self._per_pass
+        for start in range(0, len(runs), size):
+            group = runs[start : start + size]
+            failed = self._failure(group)
+            if failed is None:
+                continue
+            for run in group:
+                _training(run).member.abandon_step()
+            let_go(self._desk.bench.device)
+            if failed == Status.OUT_OF_MEMORY and len(group) > 1:
+                self._per_pass = -(-len(group) // 2)
+                self._pass(group)
+                continue
+            for run in group:
+                run.attempt(functools.partial(self._tick, [run]))
+                if run.outcome is not None and run.outcome.stop is not None:
+                    raise run.outcome.stop
+
+    def _failure(self, group: Sequence[Run]) -> Status | None:
+        """Of a pass of these runs; None where it went well. What had failed is let go of when this returns."""
         try:
-            self._tick(active)
+            self._tick(group)
         except MachineError:
             raise
-        except Exception:  # noqa: BLE001 - whose fault it was shows when each is alone
-            for run in active:
-                _training(run).member.abandon_step()
-            for run in active:
-                run.attempt(lambda: self._tick([run]))  # noqa: B023
-                if run.outcome is not None and run.outcome.stop is not None:
-                    raise run.outcome.stop from None
+        except Exception as error:  # noqa: BLE001 - whose fault it was shows when each is alone
+            return Status.OUT_OF_MEMORY if is_out_of_memory(error) else Status.FAILED
+        return None
 
     def _tick(self, runs: Sequence[Run]) -> None:
         trainings = {run.run_id: _training(run) for run in runs}

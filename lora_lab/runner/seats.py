@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -18,22 +19,36 @@ _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _MOST_SEATS = 16
 
 
-def seats_for(jobs: Sequence[Job], bench: Workbench, *, asked: int | None) -> int:
-    """Seats of a cohort of `jobs`; 1 where they cannot share passes. asked: None leaves it to the size of the rows."""
+@dataclass(frozen=True, slots=True)
+class Seating:
+    """together: jobs that take `seats` seats, in their order; apart: those that cannot share a pass, or need not."""
+
+    together: tuple[Job, ...]
+    apart: tuple[Job, ...]
+    seats: int
+
+
+def seating_of(jobs: Sequence[Job], bench: Workbench, *, asked: int | None) -> Seating:
+    """Who of a planned cohort sits together. asked: the number of seats; None leaves it to the size of the rows."""
+    alone = Seating((), tuple(jobs), 1)
     if len(jobs) < 2 or asked == 1:
-        return 1
+        return alone
     try:
         base = bench.base_of(jobs[0])
-        sets = [bench.tokens_of(job, base).train for job in jobs]
-        if any(bench.why_not_together(job, max(one.lengths)) for job, one in zip(jobs, sets, strict=True)):
-            return 1
+        sets = {id(job): bench.tokens_of(job, base).train for job in jobs}
+        together = tuple(job for job in jobs if not bench.why_not_together(job, max(sets[id(job)].lengths)))
     except Exception:  # noqa: BLE001 - the runs themselves meet it again, and record it
-        return 1
-    if asked is not None:
-        return min(asked, len(jobs))
-    smallest = min(_tokens_per_pass(job, one) for job, one in zip(jobs, sets, strict=True))
-    enough = math.ceil(_ENOUGH_TOKENS.get(bench.device.type, _ENOUGH_TOKENS["cuda"]) / smallest)
-    return min(enough, len(jobs), _MOST_SEATS)
+        return alone
+    if len(together) < 2:
+        return alone
+    if asked is None:
+        smallest = min(_tokens_per_pass(job, sets[id(job)]) for job in together)
+        enough = _ENOUGH_TOKENS.get(bench.device.type, _ENOUGH_TOKENS["cuda"])
+        asked = min(math.ceil(enough / smallest), _MOST_SEATS)
+    if asked == 1:
+        return alone
+    apart = tuple(job for job in jobs if job not in together)
+    return Seating(together, apart, min(asked, len(together)))
 
 
 def _tokens_per_pass(job: Job, examples: EncodedSet) -> float:

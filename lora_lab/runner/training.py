@@ -21,7 +21,8 @@ from lora_lab.memory.meter import memory_now
 from lora_lab.models.load import LoadedBase
 from lora_lab.optim.optimizers import optimizer_facts, state_tensors
 from lora_lab.plan.job import Job
-from lora_lab.record.evaluation_log import carry_evaluations
+from lora_lab.record.checkpoint import read_checkpoint
+from lora_lab.record.evaluation_log import EVALUATIONS_FILE, carry_evaluations
 from lora_lab.record.gathered import Gathered
 from lora_lab.record.layer_log import copy_observations, observed_steps
 from lora_lab.record.parents import weights_identity
@@ -85,6 +86,10 @@ class Training:
         self._gathered.facts["probe"] = "alone"
         return probe
 
+    def note_rows(self, how: str) -> None:
+        """For the record: how rows of unequal length are handed to the model."""
+        self._gathered.facts["rows"] = how
+
     def begin(self, device: torch.device) -> None:
         """Goes on from the checkpoint of an earlier attempt, if there is one, and opens the log."""
         self._device = device
@@ -110,6 +115,7 @@ class Training:
     def checkpoint(self) -> None:
         """Keeps the state between two steps on disk, in place of an older one."""
         start = time.perf_counter()
+        self._log.sync()
         save_state(self.member, self.attached, self._folder.checkpoint_folder)
         self._folder.drop_earlier_checkpoints()
         self._saved_at = time.monotonic()
@@ -137,14 +143,14 @@ class Training:
             return
         earlier = checkpoint.parent
         try:
-            load_state(self.member, self.attached, checkpoint)
-            step = self.member.step
+            step = int(read_checkpoint(checkpoint)[0]["step"])
             copy_steps(earlier / STEPS_FILE, self._folder.steps_path, up_to=step)
             copy_observations(earlier / LAYERS_FILE, self._folder.layers_path, up_to=step)
             carry_evaluations(earlier, self._folder.path, step=step)
+            load_state(self.member, self.attached, checkpoint)
         except (InputError, DataError) as error:
-            if self.member.step:
-                raise  # the state is loaded, and would be told from a log that is not there
+            for name in (STEPS_FILE, LAYERS_FILE, EVALUATIONS_FILE):
+                (self._folder.path / name).unlink(missing_ok=True)
             self._gathered.warnings.append(f"begun anew, since the checkpoint could not be used: {error}")
             return
         self._gathered.facts["resumed"] = {"attempt": int(earlier.name), "step": step}

@@ -28,7 +28,7 @@ Array = NDArray[np.float64]
 
 _SEEDS_FOR_INTERVAL = 3
 _DRAWN = (Status.COMPLETED, Status.DIVERGED, Status.STOPPED, "RUNNING")
-_NO_OWN_SPEED = "runs trained in cohorts have no speed of their own"
+_NO_OWN_SPEED = "runs trained in cohorts: no speed of their own"
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,9 @@ class SettingRow:
 
         A rule ends the runs with the worse scores, so the mean of those it has left flatters the setting.
         """
-        return f"{self.stopped} of {self.runs} runs were stopped early" if self.stopped else None
+        if not self.stopped:
+            return None
+        return f"{self.stopped} of {self.runs} runs {'was' if self.stopped == 1 else 'were'} stopped early"
 
     def to_json(self) -> dict[str, Any]:
         """All fields, metrics by name."""

@@ -10,7 +10,8 @@ import pytest
 
 from lora_lab.app.cli import main
 from tests.browser import BROWSER
-from tests.page_ledger import HOSTILE, add_routed_run, fill, fill_hostile
+from tests.page_ledger import HOSTILE, add_cohort, add_routed_run, add_run, fill, fill_hostile
+from tests.unit.ledger_samples import trial_of
 from tests.unit.test_report_page import Page
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -93,6 +94,29 @@ def test_the_page_of_a_setting(page: Path) -> None:
     assert console == ""
     assert "Mean over seeds" in document.text and "What sets it apart" in document.text
     assert "[object" not in document.text
+
+
+@pytest.mark.parametrize("width", [1400, 500])
+def test_the_page_of_runs_that_were_trained_together(tmp_path: Path, width: int) -> None:
+    """Beside some that were alone: the cohort's section, the reasons on a setting's page, a member's own page."""
+    trials = [trial_of(rank=rank, seed=seed) for rank in (2, 4) for seed in (0, 1)]
+    records = add_cohort(tmp_path, "5f0c", trials, seats=3, on_cpu=False)
+    for seed in (0, 1):
+        add_run(tmp_path, trial_of(rank=8, seed=seed))
+    assert main(["report", "--root", str(tmp_path)]) == 0
+    path = tmp_path / "report.html"
+    document, console = opened(path, width=width)
+    assert console == ""
+    assert "Runs of cohort 5f0c" in document.text and "2 of 3 settings have none among their 4 runs" in document.text
+    links = [str(link["href"]) for link in document.all("a") if str(link["href"]).startswith("#run-")]
+    assert {f"#run-{record.run_id}" for record in records} <= set(links)
+    setting, console = opened(path, f"#setting-{str(records[0].setting)[:12]}", width=width)
+    assert console == "" and "No train time: no run was executed alone" in setting.text
+    reasons = [str(span.get("title")) for span in setting.all("span") if span.get("title")]
+    assert sum("trained in cohort 5f0c with 3 others" in reason for reason in reasons) == 2 * 3
+    member, console = opened(path, f"#run-{records[0].run_id}", width=width)
+    assert console == "" and "in cohort 5f0c of 3 seats, together with 3 others" in member.text
+    assert "cohort train seconds" in member.text
 
 
 def test_an_address_that_leads_nowhere(page: Path) -> None:

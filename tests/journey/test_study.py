@@ -168,3 +168,19 @@ def test_the_labs_own_study_is_found_anywhere(tmp_path: Path, monkeypatch: pytes
     rows = answer.json()
     assert rows[0]["name"] == "base"
     assert {row["total_parameters"] for row in rows if row["name"] == "base"} == {134515008}
+
+
+def test_a_trial_measured_once_more_stays_one_trial_of_its_study(here: Path, lab: Lab) -> None:
+    """Whichever repeat the last call asked for, its table, its page and its list of runs hold both."""
+    assert lab.run("-m", "study=other").code == 0
+    again = lab.run("-m", "study=other", "repeat=1", "--json")
+    assert again.code == 0, again.err
+    for answer in (again, lab.run("-m", "study=other", "--json")):
+        base, *rows = answer.json()["rows"]
+        assert [(row["trials"], row["runs"]) for row in rows] == [(2, 4)] * 2
+        assert [len(row["metrics"]["heldout/loss"]["points"]) for row in rows] == [2, 2]
+        assert base["runs"] == 1
+    assert len(lab.ask("runs", "--study", "other", "--json").json()) == 9
+    told = lab.ask("report", "other", "--json").json()
+    assert len(told["runs"]) == 9 and [row["runs"] for row in told["table"]["rows"]] == [1, 4, 4]
+    assert "not begun" not in (lab.root / "studies" / "other" / "report.html").read_text().partition("<script")[0]

@@ -14,14 +14,18 @@ from typing import Any
 
 import pytest
 
+from lora_lab.record.cohort_facts import cohort_of, shared_values
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
-from lora_lab.record.step_log import read_steps
+from lora_lab.record.step_log import StepLog, read_steps
 from lora_lab.record.wandb_process import CopyProcess, Destination
+from lora_lab.record.wandb_tracker import WandbTracker
+from lora_lab.record.watcher import CohortMember, CohortView
+from lora_lab.schema.tracking import WandbTracking
 from tests.journey.program import Answer, Lab, call, lines_of, process_environment, python, wait_until
 from tests.stepping import poison
-from tests.unit.ledger_samples import claim, ended, loss, trial_of
+from tests.unit.ledger_samples import as_member, claim, ended, loss, result_of, trial_of
 from tests.wandb_log import LoggedRun, offline_runs
 from tests.wandb_server import API_KEY, StandIn, StoredRun, stand_in_server
 
@@ -55,7 +59,10 @@ def check_rows(rows: list[dict[str, Any]], record: RunRecord) -> None:
     steps = read_steps(record.steps_path) if record.steps_path.exists() else []
     for row, line in zip(rows, steps, strict=False):
         expected = {key: line[name] for key, name in SERIES.items() if name in line}
-        expected |= {"train/step": line["step"], "train/tokens_per_second": line["tokens"] / line["seconds"]}
+        expected |= {f"cohort/{key[7:]}": value for key, value in line.items() if key.startswith("cohort_")}
+        expected["train/step"] = line["step"]
+        if "seconds" in line:  # a member of a cohort has no time of its own
+            expected["train/tokens_per_second"] = line["tokens"] / line["seconds"]
         assert row == expected
     rest = rows[len(steps) :]
     if record.state != Status.COMPLETED:
@@ -74,12 +81,18 @@ def check_run(logged: LoggedRun, record: RunRecord) -> None:
     check_rows(logged.rows, record)
     lab = logged.config.pop("lab")
     logged.config.pop("_wandb")
+    cohort = cohort_of(record.result)
+    named = logged.config.pop("cohort", None)
+    assert named == (None if cohort is None else {"id": cohort.id, "seats": cohort.seats})
     assert logged.config == record.trial
     assert lab["run_id"] == logged.run.run_id == record.run_id
     assert logged.summary["status"] == str(record.state)
     assert logged.exit_code == (0 if record.state == Status.COMPLETED else 1)
     if record.result is not None:
-        assert record.result.measurements.items() <= logged.summary.items()
+        measured = record.result.measurements
+        own = {name: value for name, value in measured.items() if not name.startswith("cohort_")}
+        shared = {f"cohort/{name[7:]}": value for name, value in measured.items() if name not in own}
+        assert {**own, **shared}.items() <= logged.summary.items()
         assert logged.summary["missing"] == record.result.missing
 
 
@@ -177,6 +190,46 @@ def test_runs_that_are_open_at_once_keep_apart(tmp_path: Path) -> None:
         assert (copy.summary["status"], copy.config["own"], copy.exit_code) == (name, name, 2 - number)
 
 
+def test_members_of_a_cohort_have_runs_of_their_own_live_and_pushed(tmp_path: Path) -> None:
+    """Two runs open at once; the cohort is told of at every step, and joins their configuration once."""
+    with WandbTracker(
+        WandbTracking(kind="wandb", mode="offline", project="p", entity=None), tmp_path, cache=tmp_path, study=None
+    ) as tracker:
+        tracker.begin(2)
+        folders = [claim(Ledger(tmp_path), trial_of(seed=seed)) for seed in (0, 1)]
+        logs = [StepLog(folder.steps_path) for folder in folders if folder is not None]
+        ids = [folder.run_id for folder in folders if folder is not None]
+        for folder in folders:
+            assert folder is not None
+            tracker.run_started(folder.header, folder.path, steps=12)
+        for step in range(1, 13):
+            for number, (run_id, log) in enumerate(zip(ids, logs, strict=True)):
+                own = {"loss": 3.0 + number - step, "tokens": 100, "loss_tokens": 10}
+                values = {**own, **shared_values({"tokens_per_second": 300.0 + step, "rss_bytes": 7})}
+                log.write(step, values)
+                tracker.step(run_id, step, values)
+            members = tuple(CohortMember(run_id, "n", step, 12, None) for run_id in ids)
+            tracker.cohort("5f0c", CohortView(members, 4, 0, 300.0 + step, "rss_bytes", 7))
+        for folder, log in zip(folders, logs, strict=True):
+            assert folder is not None
+            log.close()
+            with folder:
+                folder.write_result(
+                    result := result_of(folder, **as_member("5f0c", ids, seats=4, wall=9.0), metrics={"x": loss(1.0)})
+                )
+            tracker.run_finished(folder.header, folder.path, result)
+    live = offline_runs(tmp_path)
+    assert sorted(live) == sorted(ids)
+    assert call("wandb", "push", "--root", str(tmp_path)).code == 0
+    pushed = offline_runs(tmp_path)
+    for record in Ledger(tmp_path).runs():
+        assert live[record.run_id].config["cohort"] == {"id": "5f0c", "seats": 4}
+        assert live[record.run_id].rows == pushed[record.run_id].rows
+        assert live[record.run_id].rows[0]["cohort/tokens_per_second"] == 301.0
+        for copies in (live, pushed):
+            check_run(copies[record.run_id], record)
+
+
 def test_wandb_is_in_another_process_or_nowhere_and_no_secret_reaches_its_files(lab: Lab) -> None:
     canaries = ["canary-wandb-key-0123456789", "canary-hf-token", "canary-argument", "canary-password"]
     code = f"""
@@ -249,7 +302,8 @@ def _check_workspace(lab: Lab, copies: dict[str, LoggedRun]) -> None:
     carried |= {f"summary:{key}" for run in copies.values() for key in run.summary}
     for spec in specs.values():
         drawn = set(_metrics_in(spec))
-        assert {"train/loss", "eval/heldout/loss", "summary:peak_allocated_bytes", "summary:train_seconds"} <= drawn
+        measured = {"summary:train_seconds", "train/tokens_per_second"} & carried  # of runs made alone
+        assert {"train/loss", "eval/heldout/loss", "summary:peak_allocated_bytes", *measured} <= drawn
         assert drawn <= {*carried, "_step"}, "a panel of something that no run has"
         assert "Does the rank matter?" in json.dumps(specs) and "ranks" in json.dumps(spec)
 
@@ -340,6 +394,17 @@ def test_online_every_row_arrives_once_however_often_it_is_sent(lab: Lab) -> Non
         assert stored.exit_codes == [0] * 4
         sent = b"".join(server.bodies)
         assert API_KEY.encode() not in sent and str(lab.root).encode() not in sent
+
+
+def test_a_run_that_is_alone_when_it_is_tried_again_names_no_cohort(tmp_path: Path) -> None:
+    record = ended(tmp_path, trial_of(), status=Status.FAILED, **as_member("5f0c", ["a"], seats=4, wall=9.0))
+    lab = Lab(tmp_path, tmp_path / "cache")
+    with stand_in_server() as server:
+        assert push(lab, "--mode", "online", **server.variables()).code == 0
+        assert _stored(server, record).config["cohort"]["value"] == {"id": "5f0c", "seats": 4}
+        ended(tmp_path, trial_of(), facts={"executed": "alone"})
+        assert push(lab, "--mode", "online", **server.variables()).code == 0
+        assert _stored(server, record).config["cohort"]["value"] is None
 
 
 @pytest.mark.parametrize("mode", ["hangs", "fails"])

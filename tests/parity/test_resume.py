@@ -8,7 +8,12 @@ the rate warms up and falls along a cosine. The undisturbed training is the refe
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,7 @@ from lora_lab.schema.trial import Trial
 from lora_lab.train.loop import train
 from lora_lab.train.member import Member, StepRecord, member_of
 from lora_lab.train.saved_state import load_state, save_state
-from tests.conftest import MakeTrial
+from tests.conftest import CHECKOUT, MakeTrial
 from tests.contract.test_every_method import CPU, ROWS, attached_to, load, rows, trial_of
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -218,3 +223,56 @@ def test_other_ways_to_take_the_step(make_trial: MakeTrial, shared: Path, tmp_pa
 
     trial = trial_of(make_trial, "lora", "llama", *SETTING, "dropout=0.1")
     compare(trial, shared, tmp_path / "checkpoint", stops=(3,), change=change)
+
+
+# What another process is told: where the trials, the cache of models and the checkpoints are.
+_OTHER_PROCESS = """
+import json, sys
+from pathlib import Path
+import torch
+from lora_lab.schema.trial import read_trial
+from lora_lab.train.saved_state import load_state
+from tests.parity.test_resume import begun, digest, go_on
+torch.set_num_threads(1)
+folder, cache = Path(sys.argv[1]), Path(sys.argv[2])
+found = {}
+for method, mapping in json.loads((folder / "trials.json").read_text()).items():
+    pair = begun(read_trial(mapping), cache, lambda member: None)
+    load_state(pair[1], pair[0], folder / method)
+    go_on(pair)
+    found[method] = digest(pair)
+print(json.dumps(found))
+"""
+
+
+def digest(pair: Begun) -> str:
+    """Of all weights and of the records without their times."""
+    attached, member = pair
+    found = hashlib.sha256(repr(without_times(member.records)).encode())
+    for name, parameter in attached.model.named_parameters():
+        found.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def test_another_process_goes_on(make_trial: MakeTrial, shared: Path, tmp_path: Path) -> None:
+    """With another order of sets and another address for everything."""
+    trials = {method: trial_of(make_trial, method, "llama", *SETTING) for method in ROWS}
+    mappings = {method: trial.model_dump(mode="json") for method, trial in trials.items()}
+    (tmp_path / "trials.json").write_text(json.dumps(mappings))
+    expected = {}
+    for method, trial in trials.items():
+        pair = begun(trial, shared, lambda member: None)
+        go_on(pair, until=3)
+        save_state(pair[1], pair[0], tmp_path / method)
+        go_on(pair)
+        expected[method] = digest(pair)
+    other = subprocess.run(
+        [sys.executable, "-c", _OTHER_PROCESS, str(tmp_path), str(shared)],
+        cwd=CHECKOUT,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert other.returncode == 0, other.stderr
+    assert json.loads(other.stdout.splitlines()[-1]) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,25 @@ def ended(root: Path, trial: dict[str, Any], *, repeat: int = 0, name: str | Non
     record = ledger.find(digest(trial), repeat)
     assert record is not None
     return record
+
+
+def as_member(cohort: str, members: Sequence[str], *, seats: int, wall: float, on_cpu: bool = True) -> dict[str, Any]:
+    """Fields of the result of a run that was trained in a cohort: its own counts, and what the cohort shared up to
+    `wall` seconds. on_cpu: its peak was counted on a probe step of its own."""
+    own = {"steps": 12, "tokens": 4800, "loss_tokens": 1200, "optimizer_state_bytes": 800, "evaluate_seconds": 2.0}
+    shared = {
+        "cohort_train_seconds": wall - 1.0,
+        "cohort_wall_seconds": wall,
+        "cohort_tokens_per_second": 345.0 + wall,
+        "cohort_peak_allocated_bytes": int(1e9 * wall),
+    }
+    probe = {"peak_allocated_bytes": 700_000_000} if on_cpu else {}
+    reason = f"trained in cohort {cohort} with {len(members) - 1} others; launch.cohort=off repeat=1 measures it alone"
+    absent = ["train_seconds", "step_seconds", "tokens_per_second", "wall_seconds"]
+    absent += [] if on_cpu else ["peak_allocated_bytes"]
+    told = {"id": cohort, "seats": seats, "members": list(members)}
+    return {
+        "measurements": {**own, **shared, **probe},
+        "facts": {"executed": "cohort", "cohort": told, "warnings": [], **({"probe": "alone"} if on_cpu else {})},
+        "missing": dict.fromkeys(absent, reason),
+    }

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lora_lab.errors import DataError, MachineError
-from lora_lab.record.step_log import StepLog, read_steps
+from lora_lab.record.step_log import StepLog, copy_steps, read_steps
 
 
 def test_lines_are_read_back_and_missing_stays_missing(tmp_path: Path) -> None:
@@ -83,3 +83,53 @@ def test_a_disk_that_refuses_is_a_machine_error(tmp_path: Path) -> None:
     with contextlib.suppress(MachineError):  # a device that cannot be synced says so
         log.close()
     log.close()
+
+
+def test_a_new_attempt_begins_with_the_steps_before_the_checkpoint(tmp_path: Path) -> None:
+    """Byte for byte, without what was logged after it and without a torn end; then it is written on."""
+    old, new = tmp_path / "old.jsonl", tmp_path / "new" / "steps.jsonl"
+    with StepLog(old) as log:
+        for step in range(1, 6):
+            log.write(step, {"loss": 1 / step, "seconds": math.inf if step == 2 else 0.5})
+    whole = old.read_bytes()
+    with old.open("ab") as stream:
+        stream.write(b'{"step": 6, "lo')
+    assert copy_steps(old, new, up_to=3) == 3
+    assert new.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
+    with StepLog(new) as log:
+        log.write(4, {"loss": 0.25})
+    assert [line["step"] for line in read_steps(new)] == [1, 2, 3, 4]
+    assert copy_steps(old, new, up_to=5) == 5 and new.read_bytes() == whole, "an earlier file is replaced"
+    assert copy_steps(tmp_path / "none", new, up_to=0) == 0 and new.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ('{"step": 1}\n{"step": 3}\n', "old.jsonl: does not hold each of the steps 1 to 3 once"),
+        ('{"step": 1}\n{"step": 2}\n{"step": 3', "does not hold"),
+        ('{"step": 1}\n{"step": 2}\n{"step": 2}\n{"step": 3}\n', "does not hold"),
+        ('{"step": 1}\n{"st\n{"step": 3}\n', "old.jsonl:2: damaged line"),
+        ('{"step": 1}\n{"loss": 2}\n{"step": 3}\n', "old.jsonl:2: expected a step, got None"),
+        (None, "does not hold"),
+    ],
+    ids=["a gap", "torn", "twice", "damaged", "no step", "no log"],
+)
+def test_a_curve_that_is_not_whole_is_not_begun(tmp_path: Path, content: str | None, match: str) -> None:
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    if content is not None:
+        old.write_text(content)
+    with pytest.raises(DataError, match=match):
+        copy_steps(old, new, up_to=3)
+    assert not new.exists()
+
+
+def test_a_synced_log_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda one: (synced.append(os.fstat(one).st_ino), fsync(one)))
+    with StepLog(tmp_path / "steps.jsonl") as log:
+        log.write(1, {"loss": 1.0})
+        log.sync()
+        assert synced == [(tmp_path / "steps.jsonl").stat().st_ino]
+        log.write(2, {"loss": 1.0})
+    assert len(read_steps(tmp_path / "steps.jsonl")) == 2

@@ -17,15 +17,21 @@ from lora_lab.record.run_record import RunRecord, read_record
 from lora_lab.record.step_log import StepLog
 from lora_lab.study.curves import SettingCurve, run_curves, setting_curves
 from lora_lab.study.table import settings_table
-from tests.unit.ledger_samples import claim, ended, trial_of
+from tests.unit.ledger_samples import as_member, claim, ended, trial_of
 
 LOSSES = [5.0, 4.0, 3.0, 2.5, 2.2, 2.0, 1.0]
 
 
 def _logged(
-    root: Path, losses: list[float], *, seed: int = 0, status: Status = Status.COMPLETED, repeat: int = 0
+    root: Path,
+    losses: list[float],
+    *,
+    seed: int = 0,
+    status: Status = Status.COMPLETED,
+    repeat: int = 0,
+    **changes: Any,
 ) -> RunRecord:
-    record = ended(root, trial_of(seed=seed), repeat=repeat, status=status)
+    record = ended(root, trial_of(seed=seed), repeat=repeat, status=status, **changes)
     _write(record.steps_path, losses)
     return record
 
@@ -192,3 +198,29 @@ def test_why_there_is_nothing_to_draw(tmp_path: Path) -> None:
     rows = settings_table(records, metrics=None).rows
     assert setting_curves(records, rows, "rss_bytes") == ([], ["lora-r8-s0: no rss_bytes in its step log"])
     json.dumps(run_curves(records[1], ("loss",)).to_json(), allow_nan=False)
+
+
+def test_members_of_a_cohort_have_a_loss_and_no_speed_of_their_own(tmp_path: Path) -> None:
+    """Nor has one that went on alone: its last steps have seconds, which are not all of it."""
+    together = as_member("c1", ["a", "b"], seats=2, wall=9.0)
+    records = [ended(tmp_path, trial_of(seed=seed), **together) for seed in (0, 1)]
+    for record in records:
+        with StepLog(record.steps_path) as log:
+            for step in (1, 2):
+                late = {"seconds": 2.0} if record is records[1] and step == 2 else {}
+                log.write(step, {"loss": 3.0 - step, "loss_tokens": 1, "tokens": 10, **late})
+    alone = _logged(tmp_path, [2.0, 1.0], seed=2, facts={"executed": "alone"})
+    assert _curve([*records, alone])[0].seeds == 3
+    curve, reasons = _curve([*records, alone], key="tokens_per_second")
+    assert (curve.seeds, curve.mean) == (1, (5.0, 10.0))
+    assert set(reasons) == {"runs trained in cohorts: no speed of their own"}
+
+
+def test_a_speed_is_that_of_the_repeat_made_alone(tmp_path: Path) -> None:
+    together = ended(tmp_path, trial_of(), **as_member("c1", ["a"], seats=2, wall=9.0))
+    with StepLog(together.steps_path) as log:
+        log.write(1, {"loss": 2.0, "loss_tokens": 1, "tokens": 10})
+    alone = _logged(tmp_path, [2.0], repeat=1, facts={"executed": "alone"})
+    curve, _ = _curve([together, alone], key="tokens_per_second")
+    assert (curve.seeds, curve.mean) == (1, (5.0,))
+    assert _curve([together, alone])[0].seeds == 1

@@ -66,3 +66,11 @@ def test_without_a_peak_the_reason_is_told_and_a_base_has_no_parts() -> None:
     base = record_of(trial_of(method={"kind": "base"}))
     (row,) = settings_table([base], metrics=None).rows
     assert memory_parts([base], row) is None
+
+
+def test_the_peak_of_a_cohort_is_not_split_and_that_of_a_step_made_alone_is() -> None:
+    together = {"executed": "cohort", "cohort": {"id": "c", "seats": 2, "members": ["a", "b"]}}
+    shared = _parts([record_of(trial_of(), measurements=MEASURED, facts=together)])
+    assert shared.parts == {} and shared.missing == "no run was executed alone (1 of 1 trained in cohorts)"
+    own = _parts([record_of(trial_of(), measurements=MEASURED, facts={**together, "probe": "alone"})])
+    assert own.missing is None and own.peak_bytes == 1000

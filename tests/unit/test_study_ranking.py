@@ -231,3 +231,25 @@ def test_before_anything_has_a_score() -> None:
     wild = runs([], diverged=2)
     one = ranking_of(wild, settings_table(wild, metrics=None)).contenders[0]
     assert (one.score_rank, one.unranked, one.runs, one.completed) == (None, "no score", 2, 0)
+
+
+def test_a_cohorts_memory_and_time_are_no_contenders() -> None:
+    """rank 4: in a cohort on CUDA, where a peak that stands there all the same is the cohort's; rank 8: its peak was
+    counted on a step made alone; rank 2: alone."""
+    costs = [{"peak_allocated_bytes": 10 * seed + 10, "train_seconds": 1.0 + seed} for seed in range(3)]
+    together = {"executed": "cohort", "cohort": {"id": "c", "seats": 2, "members": ["a", "b"]}}
+    found = {
+        one.name: one
+        for one in ranked(
+            [
+                *runs([2.0, 2.1, 2.2], rank=4, costs=costs, facts=together),
+                *runs([2.0, 2.1, 2.3], rank=8, costs=costs, facts={**together, "probe": "alone"}),
+                *runs([2.0, 2.1, 2.4], rank=2, costs=costs),
+            ]
+        ).contenders
+    }
+    assert found["lora-r4"].memory is None and found["lora-r4"].memory_rank is None
+    assert found["lora-r4"].memory_missing == "no run was executed alone (3 of 3 trained in cohorts)"
+    assert found["lora-r8"].memory == found["lora-r2"].memory == (10, 30) and found["lora-r8"].memory_rank == 1
+    assert [found[name].time_rank for name in ("lora-r4", "lora-r8", "lora-r2")] == [None, None, 1]
+    assert found["lora-r8"].time.missing == "no run was executed alone (3 of 3 trained in cohorts)"

@@ -11,9 +11,10 @@ from lora_lab.errors import InputError
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord, read_record
+from lora_lab.study.answer import answer_of
 from lora_lab.study.interval import t_interval
 from lora_lab.study.table import settings_table
-from tests.unit.ledger_samples import claim, ended, loss, trial_of
+from tests.unit.ledger_samples import as_member, claim, ended, loss, trial_of
 
 ALONE = {"executed": "alone"}
 
@@ -94,9 +95,69 @@ def test_bytes_are_the_largest_and_times_come_from_runs_executed_alone(tmp_path:
     ]
     (row,) = settings_table(records, metrics=None).rows
     assert row.cost == {"peak_allocated_bytes": 9, "train_seconds": 20.0, "tokens_per_second": 20.0}
+    assert (row.runs_alone, row.completed) == (2, 3)
     (row,) = settings_table(records[2:], metrics=None).rows
-    assert row.cost == {"peak_allocated_bytes": 7}
-    assert row.missing["train_seconds"] == "no run was executed alone"
+    assert row.cost == {}, "not even a number that stands under the run's name"
+    assert row.missing["train_seconds"] == "no run was executed alone (1 of 1 trained in cohorts)"
+
+
+def test_of_several_repeats_those_made_alone_are_the_time_and_scores_count_once(tmp_path: Path) -> None:
+    """In a cohort first, then twice alone: one score, a median of two times; the base is no repeat of it."""
+    trial = trial_of()
+    together = as_member("c1", ["a", "b"], seats=2, wall=9.0, on_cpu=False)
+    ended(tmp_path, trial, metrics={"heldout/loss": loss(2.0)}, **together)
+    for repeat, seconds in ((1, 10.0), (2, 20.0)):
+        measured = {"train_seconds": seconds, "peak_allocated_bytes": int(seconds)}
+        ended(tmp_path, trial, repeat=repeat, metrics={"heldout/loss": loss(2.0)}, measurements=measured, facts=ALONE)
+    ended(tmp_path, trial_of(seed=1), metrics={"heldout/loss": loss(3.0)}, **together)
+    table = settings_table(Ledger(tmp_path).runs(), metrics=None)
+    (row,) = table.rows
+    assert sorted(point.value for point in row.cells["heldout/loss"].points) == [2.0, 3.0]
+    assert (row.trials, row.trials_completed, row.completed, row.runs_alone, row.last_repeat) == (2, 2, 4, 2, 2)
+    assert (row.cost["train_seconds"], row.cost["peak_allocated_bytes"]) == (15.0, 20)
+    assert table.not_alone == () and json.loads(json.dumps(row.to_json()))["runs_alone"] == 2
+
+
+def test_what_a_cohort_shares_is_no_cost_of_a_setting_and_what_is_the_members_own_is(tmp_path: Path) -> None:
+    together = as_member("c1", ["a", "b"], seats=2, wall=9.0)
+    together["measurements"] |= {"train_seconds": 5.0, "train_peak_rss_bytes": 10**9, "adapter_file_bytes": 40}
+    (row,) = settings_table([ended(tmp_path, trial_of(), **together)], metrics=None).rows
+    assert row.cost == {"peak_allocated_bytes": 700_000_000, "optimizer_state_bytes": 800, "adapter_file_bytes": 40}
+    assert not any(name.startswith("cohort_") for name in (*row.cost, *row.missing))
+    assert row.missing["train_peak_rss_bytes"] == "no run was executed alone (1 of 1 trained in cohorts)"
+    assert row.why_no_cost("step_seconds") == row.missing["train_seconds"]
+
+
+def test_a_trial_that_failed_in_a_cohort_and_ended_alone_is_not_lost(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        together = as_member("c1", ["a"], seats=2, wall=9.0)
+        failed = {"status": Status.OUT_OF_MEMORY} if seed == 2 else {"metrics": {"heldout/loss": loss(2.0 + seed)}}
+        ended(tmp_path, trial_of(seed=seed), **together, **failed)
+    ended(tmp_path, trial_of(seed=2), repeat=1, metrics={"heldout/loss": loss(4.0)}, facts=ALONE)
+    table = settings_table(Ledger(tmp_path).runs(), metrics=None)
+    (row,) = table.rows
+    assert (row.trials, row.trials_completed, row.runs, row.completed) == (3, 3, 4, 3)
+    best = answer_of(table, ()).best
+    assert best is not None and (best.seeds, best.lost) == (3, 0)
+
+
+def test_settings_without_a_run_made_alone_are_counted_for_time_and_for_memory(tmp_path: Path) -> None:
+    """rank 2: peaks counted alone; rank 4: on CUDA, so no peak either, and repeat 1 was in a cohort again; rank 8 was
+    alone; rank 16 has only failed."""
+    for seed in (0, 1):
+        ended(tmp_path, trial_of(rank=2, seed=seed), **as_member("c1", ["a"], seats=2, wall=9.0))
+    for repeat in (0, 1):
+        ended(tmp_path, trial_of(rank=4), repeat=repeat, **as_member("c2", ["b"], seats=2, wall=9.0, on_cpu=False))
+    measured = {"train_seconds": 1.0, "peak_allocated_bytes": 5}
+    ended(tmp_path, trial_of(rank=8), measurements=measured, facts=ALONE)
+    ended(tmp_path, trial_of(rank=16), status=Status.FAILED, facts=ALONE)
+    ended(tmp_path, trial_of(method={"kind": "base"}), name="base", facts=ALONE)
+    table = settings_table(Ledger(tmp_path).runs(), metrics=None)
+    time, memory = table.not_alone
+    assert time.cost == "train_seconds" and set(time.settings) == {"lora-r2", "lora-r4"}
+    assert (time.runs, time.of, time.repeat) == (4, 3, 2), "repeat 1 would find rank 4's done, and measure nothing"
+    assert (memory.cost, memory.settings, memory.runs, memory.repeat) == ("peak_allocated_bytes", ("lora-r4",), 2, 2)
+    assert table.to_json()["not_alone"][1]["settings"] == ["lora-r4"]
 
 
 def test_times_of_two_machines_are_not_mixed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lora_lab.record.cohort_facts import cohort_of, shared_values
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
 from lora_lab.record.step_log import StepLog, read_steps
@@ -27,7 +28,7 @@ from lora_lab.record.wandb_mapping import (
     summary_of,
 )
 from lora_lab.study.table import settings_table
-from tests.unit.ledger_samples import ended, loss, trial_of
+from tests.unit.ledger_samples import as_member, ended, loss, trial_of
 
 STEP = {
     "step": 3,
@@ -130,6 +131,7 @@ def test_every_key_has_an_axis_of_its_own() -> None:
         "eval/step": None,
         "train/*": "train/step",
         "memory/*": "train/step",
+        "cohort/*": "train/step",
         "eval/*": "eval/step",
     }
 
@@ -160,6 +162,26 @@ def test_the_summary_is_the_result_and_nothing_else(tmp_path: Path) -> None:
     assert summary["missing"] == {"predicted_peak_allocated_bytes": "not yet"}
     assert "predicted_peak_allocated_bytes" not in summary and "reason" not in summary, "missing is missing"
     assert exit_code(record.result) == 0
+
+
+def test_what_a_cohort_shares_stands_under_its_own_keys_only(tmp_path: Path) -> None:
+    record = ended(tmp_path, trial_of(), **as_member("5f0c", ["a", "b"], seats=4, wall=10.0))
+    assert record.header is not None and record.result is not None
+    config = run_start(record.header, [], cohort_of(record.result))["config"]
+    assert config["cohort"] == {"id": "5f0c", "seats": 4} and "cohort" not in _start(record)["config"]
+    summary = summary_of(record.header, record.result, state="COMPLETED")
+    shared = {"train_seconds": 9.0, "wall_seconds": 10.0, "tokens_per_second": 355.0, "peak_allocated_bytes": 10**10}
+    assert {f"cohort/{name}": value for name, value in shared.items()}.items() <= summary.items()
+    assert not {"train_seconds", "wall_seconds", "tokens_per_second", "cohort_train_seconds"} & summary.keys()
+    assert (summary["executed"], summary["steps"], summary["peak_allocated_bytes"]) == ("cohort", 12, 700_000_000)
+
+
+def test_a_step_in_a_cohort_has_no_speed_of_its_own() -> None:
+    values = {name: value for name, value in STEP.items() if name != "seconds"}
+    shared = shared_values({"tokens_per_second": 345.0, "rss_bytes": 7, "allocated_bytes": None})
+    row = step_row({**values, **shared})
+    assert row == {**step_row(values), "cohort/tokens_per_second": 345.0, "cohort/rss_bytes": 7}
+    assert "train/tokens_per_second" not in row and not any(key.startswith("memory/") for key in row)
 
 
 def test_a_killed_run_has_a_status_and_no_numbers(tmp_path: Path) -> None:
@@ -201,7 +223,9 @@ def test_the_table_of_a_study_keeps_means_intervals_and_counts(tmp_path: Path) -
     assert [rows[2][f"x/acc {part}"] for part in ("mean", "low", "high", "n")] == [None, None, None, 0]
     assert [row["rank"] for row in rows] == ["8", "2", "4"], "an axis is text, since it may hold more than numbers"
     counts = {"setting_count": 3, "run_count": 5, "completed_count": 4}
-    assert study_summary(table.to_json()) == {**counts, "problems": []}
+    lacking = table.to_json()["not_alone"]
+    assert study_summary(table.to_json()) == {**counts, "not_alone": lacking, "problems": []}
+    assert [(one["cost"], one["runs"]) for one in lacking] == [("train_seconds", 4), ("peak_allocated_bytes", 4)]
     assert flat["key"] not in counts, "or one would hide the other"
     assert study_start("first_look")["id"] == "study-first_look" and study_start("a")["job_type"] == "study"
 

@@ -16,6 +16,7 @@ import pytest
 
 from lora_lab.record.wandb_process import CopyProcess, Destination, copy_environment
 from lora_lab.record.wandb_tracker import WandbTracker, allowed_mode, destination_of
+from lora_lab.record.watcher import CohortMember, CohortView
 from lora_lab.schema.tracking import TrackingOff, WandbTracking, check_wandb_name
 
 INIT_SECONDS, FINISH_SECONDS = 0.5, 1.0
@@ -240,3 +241,29 @@ def test_names_that_wandb_refuses(name: str) -> None:
     with pytest.raises(ValueError, match="expected 1 to 128 characters"):
         check_wandb_name(name)
     assert check_wandb_name("lora-lab_1.x") == "lora-lab_1.x"
+
+
+def test_a_tracker_names_the_cohort_once_per_run_and_again_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, dict[str, Any]]] = []
+
+    class Process:
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            """Keeps what it is told of configurations."""
+
+        def configure(self, run_id: str, values: dict[str, Any]) -> None:
+            told.append((run_id, values["cohort"]))
+
+        def close(self) -> None:
+            """Nothing."""
+
+    monkeypatch.setattr("lora_lab.record.wandb_tracker.CopyProcess", Process)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with WandbTracker(OFFLINE, tmp_path, cache=tmp_path, study=None) as tracker:
+        tracker.begin(2)
+        for members in (("a",), ("a", "b"), ("b",)):
+            view = CohortView(tuple(CohortMember(one, one, 1, 9, None) for one in members), 4, 0, 1.0, None, None)
+            tracker.cohort("c1", view)
+        tracker.cohort("c2", view)
+    assert told == [("a", {"id": "c1", "seats": 4}), ("b", {"id": "c1", "seats": 4}), ("b", {"id": "c2", "seats": 4})]
