@@ -181,7 +181,7 @@ def _condition(root: Path, moment: Moment, draw: random.Random, before: set[str]
         had = len(_folders(root))
         return lambda seconds: seconds >= latest or len(_folders(root)) > had
     signs: dict[Moment, Callable[[], set[str]]] = {
-        Moment.CHECKPOINT: lambda: _unfinished(root, lambda run: _is_writing(run, ("checkpoint",))),
+        Moment.CHECKPOINT: lambda: _unfinished(root, _is_checkpointing),
         Moment.SAVING: lambda: _unfinished(root, lambda run: _is_writing(run, SAVED_FOLDERS)),
         Moment.SCORING: lambda: _unfinished(root, _saved),
         Moment.RECORDING: lambda: _finished(root) - before,
@@ -232,6 +232,14 @@ def _is_writing(run: Path, names: Sequence[str]) -> bool:
             entry.suffix == TEMPORARY_SUFFIX and entry.name.startswith(tuple(f".{name}." for name in names))
             for entry in run.iterdir()
         )
+    return False
+
+
+def _is_checkpointing(run: Path) -> bool:
+    """Whether there is more or less in the run's checkpoint than one file of tensors and the manifest that names it."""
+    with contextlib.suppress(FileNotFoundError):
+        names = [entry.name for entry in (run / "checkpoint").iterdir()]
+        return bool(names) and (len(names) != 2 or "checkpoint.json" not in names)
     return False
 
 

@@ -60,8 +60,6 @@ def _broken_files(folder: Path) -> Iterator[str]:
                 assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values()), "not finite"
         except (ValueError, AssertionError) as error:
             yield f"{name}: {error}"
-    if (folder / "checkpoint").exists():
-        yield "its checkpoint is still there"
 
 
 def _broken_logs(record: RunRecord) -> Iterator[str]:
@@ -177,8 +175,17 @@ def precision_by_setting(records: Sequence[RunRecord]) -> dict[str, str]:
     return {str(record.setting): record.trial["training"]["precision"] for record in records}
 
 
-def resumable(record: RunRecord) -> list[tuple[int, int]]:
-    """(attempt, steps) of put-aside attempts at a run that left a checkpoint."""
-    folders = sorted((record.folder / "attempts").glob("*/checkpoint"))
-    logs = [(int(folder.parent.name), folder.parent / "steps.jsonl") for folder in folders]
-    return [(attempt, len(read_steps(log)) if log.exists() else 0) for attempt, log in logs]
+def resumable(record: RunRecord) -> tuple[int, int] | None:
+    """(attempt, steps that it logged) of the last attempt at an unfinished run that left a checkpoint."""
+    attempts = {int(folder.name): folder for folder in (record.folder / "attempts").glob("*")}
+    if record.header is not None and record.state != "RUNNING":
+        attempts[record.header.attempt] = record.folder
+    left = [
+        (number, folder)
+        for number, folder in sorted(attempts.items())
+        if (folder / "checkpoint" / "checkpoint.json").exists()
+    ]
+    if not left:
+        return None
+    number, folder = left[-1]
+    return number, len(read_steps(folder / "steps.jsonl"))

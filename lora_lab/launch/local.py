@@ -15,6 +15,7 @@ import torch
 
 from lora_lab.launch.device import choose_devices, gpu_facts
 from lora_lab.launch.workers import run_on_devices
+from lora_lab.memory.malloc import keep_freed
 from lora_lab.plan.cohorts import PlannedCohort, plan_cohorts
 from lora_lab.plan.job import Job
 from lora_lab.plan.stopping import comparable_key
@@ -82,6 +83,7 @@ def _work(
     jobs: Sequence[Job], ledger: Ledger, lab: Lab, cache: Path, device: torch.device, watcher: Watcher
 ) -> _Worked:
     """All jobs on one device, as far as no other process has them."""
+    keep_freed()
     shift = _Shift(jobs, ledger, lab, Workbench(Restorer(ledger, cache, device), cache, device), watcher)
     shift.run(shift.run([job for job in jobs if not _is_done(ledger, job, lab)]))
     return _Worked(frozenset(shift.begun), shift.is_over)

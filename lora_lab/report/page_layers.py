@@ -18,6 +18,7 @@ from lora_lab.report.page_settings import (
 )
 from lora_lab.report.routing_figures import entropy_figure, load_figure, tasks_figure
 from lora_lab.report.text import clean, number_text
+from lora_lab.study.cells import Point
 from lora_lab.study.findings import Findings
 from lora_lab.study.layers import ExpertDistances, expert_distances, layer_norms
 from lora_lab.study.rank_correlation import RankCorrelation
@@ -31,7 +32,6 @@ from lora_lab.study.routing import (
     routing_rows,
 )
 from lora_lab.study.settings import is_base
-from lora_lab.study.table import Point
 
 _TITLES = {"relative_entropy": "relative entropy", "top2_mass": "top-2 mass"}
 _SIDE_TITLES = {"trained": "trained on", "untrained": "not trained on"}

@@ -16,9 +16,9 @@ from lora_lab.report.page_settings import (
     scale_of,
 )
 from lora_lab.report.text import bytes_text, clean, count_text, interval_text, number_text
+from lora_lab.study.cells import Cell
 from lora_lab.study.findings import Findings
 from lora_lab.study.ranking import Contender, Ranking, Stand
-from lora_lab.study.table import Cell
 
 _RATE_HINT = "the learning rate with the best mean, which stands for the contender; how many were tried"
 _EDGE = "best rate at the edge of its grid"

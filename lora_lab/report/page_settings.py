@@ -19,8 +19,9 @@ from lora_lab.report.text import (
     stopped_notes,
     value_text,
 )
+from lora_lab.study.cells import Cell
 from lora_lab.study.cost import is_time
-from lora_lab.study.table import Cell, MetricColumn, SettingRow, SettingsTable
+from lora_lab.study.table import MetricColumn, SettingRow, SettingsTable
 
 # What a setting costs, as columns: key, title, how it is written.
 COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (

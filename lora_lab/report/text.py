@@ -8,7 +8,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from lora_lab.study.table import Cell, SettingsTable
+from lora_lab.study.cells import Cell
+from lora_lab.study.table import SettingsTable
 
 _ESCAPES = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # operating system commands: titles, links

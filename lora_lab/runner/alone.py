@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from lora_lab.adapters.cohort.trunk import Trunk
+from lora_lab.memory.malloc import give_back
 from lora_lab.models.loss_token_logits import loss_token_logits
 from lora_lab.plan.job import Job
 from lora_lab.record.result import Status
@@ -52,6 +53,7 @@ def _run_alone(run: Run) -> Outcome:
 def let_go(device: torch.device) -> None:
     """Frees what a run has left: adapters' layers know each other in circles."""
     gc.collect()
+    give_back()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -65,7 +65,11 @@ class Run:
         try:
             phase()
         except BaseException as error:  # noqa: BLE001 - a bug in one run is recorded, and does not stop the sweep
-            self.outcome = outcome_of(error, self.folder.path)
+            try:
+                self.outcome = outcome_of(error, self.folder.path)
+            except BaseException:
+                self.folder.close()  # the process ends; others may have the run
+                raise
             return False
         return True
 

@@ -18,8 +18,9 @@ from typing import Any
 
 from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.study.axes import Axis, SweptAxes
+from lora_lab.study.cells import Cell
 from lora_lab.study.interval import Interval, t_interval
-from lora_lab.study.table import Cell, SettingsTable
+from lora_lab.study.table import SettingsTable
 
 # As in the table: with fewer seeds an interval says nothing.
 SEEDS_FOR_INTERVAL = 3

@@ -18,9 +18,10 @@ from typing import Any, Literal
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import RunRecord
 from lora_lab.study.answer import Against, against_other
+from lora_lab.study.cells import Cell, Point, cell_of
 from lora_lab.study.cost import CompletedRun, comparable_runs, machines_of, timed_runs
 from lora_lab.study.settings import setting_values, unique_names
-from lora_lab.study.table import Cell, MetricColumn, Point, SettingRow, SettingsTable, cell_of, seed_of
+from lora_lab.study.table import MetricColumn, SettingRow, SettingsTable, seed_of
 
 _RATE = "learning_rate"
 _MEMORY = "peak_allocated_bytes"

@@ -12,8 +12,9 @@ from lora_lab.record.atomic import read_json
 from lora_lab.record.result import Status
 from lora_lab.record.run_record import ROUTING_FILE, RunRecord
 from lora_lab.schema.method import ROUTED_KINDS
+from lora_lab.study.cells import Cell, Point, cell_of
 from lora_lab.study.layers import by_layer, logged
-from lora_lab.study.table import Cell, Point, SettingsTable, cell_of, seed_of
+from lora_lab.study.table import SettingsTable, seed_of
 
 # What settings are compared by, and on which side of the training data.
 MEASURES = ("relative_entropy", "top2_mass")

@@ -7,7 +7,6 @@ the same; of its times all count that were measured alone.
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,45 +17,9 @@ from lora_lab.record.cohort_facts import is_alone
 from lora_lab.record.result import Metric, Result, Status
 from lora_lab.record.run_record import RunRecord
 from lora_lab.study.alone import NotAlone, not_alone
+from lora_lab.study.cells import Cell, Point, cell_of
 from lora_lab.study.cost import cost_of
-from lora_lab.study.interval import Interval, t_interval
 from lora_lab.study.settings import is_base, setting_values, unique_names, varying_keys
-
-# With fewer seeds an interval says nothing; the points are shown.
-_SEEDS_FOR_INTERVAL = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One seed's score; `standard_error` is over its examples."""
-
-    run_id: str
-    seed: int | None
-    value: float
-    standard_error: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        return {"run_id": self.run_id, "seed": self.seed, "value": self.value, "standard_error": self.standard_error}
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A setting's score by one metric. `interval` only from three seeds on; `missing` says why there are no points."""
-
-    points: tuple[Point, ...]
-    mean: float | None
-    interval: Interval | None
-    missing: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Mean, interval and points; null where there is none."""
-        return {
-            "mean": self.mean,
-            "interval": None if self.interval is None else self.interval.to_json(),
-            "points": [point.to_json() for point in self.points],
-            "missing": self.missing,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,15 +253,6 @@ def _cell(name: str, completed: Sequence[tuple[RunRecord, Result]]) -> Cell:
             reasons.append(result.missing[name])
     why = "no completed run" if not completed else "; ".join(dict.fromkeys(reasons)) or "not measured"
     return cell_of(list(points.values()), why)
-
-
-def cell_of(points: Sequence[Point], missing: str) -> Cell:
-    """A cell of these points; `missing` is why where there are none."""
-    if not points:
-        return Cell((), None, None, missing)
-    values = [point.value for point in points]
-    interval = t_interval(values) if len(values) >= _SEEDS_FOR_INTERVAL else None
-    return Cell(tuple(points), statistics.fmean(values), interval, None)
 
 
 def seed_of(record: RunRecord) -> int | None:

@@ -70,6 +70,8 @@ def test_off_in_a_file_of_ones_own(composer: Composer, tmp_path: Path) -> None:
     """A bare `off` in a leaf is False to Hydra; in a study it is text."""
     (tmp_path / "launch").mkdir()
     leaf = "kind: local\ndevice: cpu\nretries: 0\ncohort: off\nmemory_fraction: 0.5\ncheckpoint_seconds: 1\n"
+    leaf += "stopping: {rule: off, median: {points: 4, warmup_points: 1, minimum_runs: 3}, "
+    leaf += "halving: {points: 2, reduction: 3}}\n"
     (tmp_path / "launch" / "mine.yaml").write_text(leaf)
     loader = config_loader(extra=tmp_path)
     own = Composer(loader, loader.load_configuration("config", [], RunMode.RUN)).compose(["launch=mine"]).mapping

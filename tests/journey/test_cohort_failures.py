@@ -30,7 +30,7 @@ _FAILING_RANK = 5
 _AT_STEP = 4
 
 
-class _Injected(Exception):
+class InjectedError(Exception):
     """What no part of the lab expects."""
 
 
@@ -45,7 +45,7 @@ def _in_clipping(patch: pytest.MonkeyPatch) -> None:
 
     def clip(member: Any) -> Any:
         if _is_failing(member) and member.step == _AT_STEP:
-            raise _Injected
+            raise InjectedError
         return clean(member)
 
     patch.setattr(loop, "clip", clip)
@@ -57,7 +57,7 @@ def _in_its_update(patch: pytest.MonkeyPatch) -> None:
 
     def finish(member: Any, *arguments: Any, **settings: Any) -> Any:
         if _is_failing(member) and member.step == _AT_STEP:
-            raise _Injected
+            raise InjectedError
         return clean(member, *arguments, **settings)
 
     patch.setattr(loop, "_finish", finish)
@@ -69,7 +69,7 @@ def _in_its_log(patch: pytest.MonkeyPatch) -> None:
 
     def on_step(self: Any, record: Any) -> None:
         if _is_failing(self.member) and record.step == _AT_STEP:
-            raise _Injected
+            raise InjectedError
         clean(self, record)
 
     patch.setattr(training.Training, "on_step", on_step)
@@ -80,7 +80,7 @@ def _in_saving(patch: pytest.MonkeyPatch) -> None:
 
     def save(model: Any, *arguments: Any, **settings: Any) -> Any:
         if model.peft_config["default"].r == _FAILING_RANK:
-            raise _Injected
+            raise InjectedError
         return clean(model, *arguments, **settings)
 
     patch.setattr(training, "save_adapter", save)
@@ -91,7 +91,7 @@ def _in_scoring(patch: pytest.MonkeyPatch) -> None:
 
     def score(model: Any, *arguments: Any, **settings: Any) -> Any:
         if model.peft_config["default"].r == _FAILING_RANK:
-            raise _Injected
+            raise InjectedError
         return clean(model, *arguments, **settings)
 
     patch.setattr(runner_run, "score_model", score)
@@ -102,7 +102,7 @@ def _in_joining(patch: pytest.MonkeyPatch) -> None:
 
     def probe(self: Any, *arguments: Any, **settings: Any) -> Any:
         if _is_failing(self.member):
-            raise _Injected
+            raise InjectedError
         return clean(self, *arguments, **settings)
 
     patch.setattr(training.Training, "probe", probe)
@@ -134,8 +134,8 @@ def test_a_failing_member(lab: Lab, alone: dict[str, RunRecord], monkeypatch: py
     assert answer.code == 3, answer.err
     runs = {record.trial["rank"]: record for record in lab.runs()}
     failed = runs.pop(_FAILING_RANK)
-    assert (failed.state, result_of(failed).reason) == (Status.FAILED, "_Injected: ")
-    assert "_Injected" in (failed.folder / "traceback.txt").read_text()
+    assert (failed.state, result_of(failed).reason) == (Status.FAILED, "InjectedError: ")
+    assert "InjectedError" in (failed.folder / "traceback.txt").read_text()
     assert [record.state for record in runs.values()] == [Status.COMPLETED] * 2
     _equal_alone(list(runs.values()), alone)
     assert {result_of(record).facts["executed"] for record in runs.values()} == {"cohort"}

@@ -123,14 +123,17 @@ class Story:
     folder: SweepFolder
     kills: list[Kill] = field(default_factory=list)
     seen: dict[str, Files] = field(default_factory=dict)  # of finished runs, as they were when first seen
+    left: dict[str, tuple[int, int] | None] = field(default_factory=dict)  # of others, to go on from
     final: Answer | None = None
 
     def look(self) -> None:
-        """After a kill: nobody holds a run, and what is finished is remembered."""
+        """After a kill: nobody holds a run; what is finished is remembered, and what others can go on from."""
         for record in self.folder.runs():
             assert record.state != "RUNNING", f"{record.name} is held by {record.owner} after the kill"
             if record.is_done:
                 self.seen.setdefault(record.run_id, files_of(record.folder))
+            else:
+                self.left[record.run_id] = resumable(record)
 
 
 def _told(folder: Path, cache: Path, study: str, known: Known) -> Story:
@@ -161,6 +164,7 @@ def undisturbed(folder: Path, cache: Path, study: str, *overrides: str) -> tuple
     with contextlib.chdir(folder), single_thread():
         answer = call(*sweep.command)
     assert answer.code in (0, 3), answer.err
+    assert not list(sweep.root.glob("runs/*/checkpoint")), "of finished runs"
     return answer, sweep.runs()
 
 
@@ -190,22 +194,22 @@ def check(story: Story, reference: tuple[Answer, list[RunRecord]], known: Known)
     assert [problem for record in records for problem in differences(record, by_id[record.run_id])] == []
     assert tables_apart(story.final.json(), answer.json(), precision_by_setting(expected)) == []
     if known.resumes:
-        _check_resumed(records)
+        _check_resumed(story, records)
     _check_later_call(story, records)
 
 
-def _check_resumed(records: Sequence[RunRecord]) -> None:
+def _check_resumed(story: Story, records: Sequence[RunRecord]) -> None:
     """Who left a checkpoint went on from the last of them, and lost at most the step that was under way."""
     for record in records:
-        left = resumable(record)
         said = result_of(record).facts.get("resumed")
-        if not left:
+        left = story.left.get(record.run_id)
+        if left is None:
             assert said is None, f"{record.name}: resumed from nothing: {said}"
             continue
-        attempt, steps = left[-1]
+        attempt, steps = left
         assert said is not None, f"{record.name}: attempt {attempt} left a checkpoint that was not used"
-        assert said["attempt"] == attempt, record.name
-        assert steps - 1 <= said["step"] <= steps + 1, f"{record.name}: {steps} steps were logged, resumed at {said}"
+        assert said["attempt"] == attempt, f"{record.name}: {said}, and attempt {attempt} left the last checkpoint"
+        assert steps - 1 <= said["step"] <= steps, f"{record.name}: {steps} steps were logged, resumed at {said}"
 
 
 def _check_later_call(story: Story, records: Sequence[RunRecord]) -> None:

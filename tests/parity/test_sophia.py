@@ -15,7 +15,7 @@ from lora_lab.data.batches import collate
 from lora_lab.models.load import load_base
 from lora_lab.optim.sophia import Sophia, gauss_newton_bartlett
 from lora_lab.schema.trial import Trial
-from lora_lab.train import curvature, loop
+from lora_lab.train import curvature, forward
 from lora_lab.train.loop import train
 from lora_lab.train.member import Member, member_of
 from tests.conftest import MakeTrial
@@ -168,7 +168,7 @@ class Spy:
         self.estimated: list[Tensor] = []
         self.seeds: list[int] = []
         self.trained: list[Tensor] = []
-        estimate, loss = curvature.gauss_newton_bartlett, loop.cross_entropy
+        estimate, loss = curvature.gauss_newton_bartlett, forward.cross_entropy
 
         def spied_estimate(logits: Tensor, parameters: Any, generator: torch.Generator) -> list[Tensor]:
             self.estimated.append(logits.detach())
@@ -180,7 +180,7 @@ class Spy:
             return loss(logits, *args, **kwargs)
 
         monkeypatch.setattr(curvature, "gauss_newton_bartlett", spied_estimate)
-        monkeypatch.setattr(loop, "cross_entropy", spied_loss)
+        monkeypatch.setattr(forward, "cross_entropy", spied_loss)
 
 
 def test_estimates_are_made_every_k_steps_on_the_first_micro_batch(

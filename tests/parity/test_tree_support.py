@@ -129,7 +129,7 @@ def test_the_probe_alone_finds_them(name: str, monkeypatch: pytest.MonkeyPatch) 
     changes = {WINDOWED[name]: 16} if name in WINDOWED else {}
     model = family(name, **changes) if changes else invalid(name, **({"window_size": 16} if name == "gpt_neo" else {}))
     monkeypatch.setattr(support, "_CHECKS", ())
-    monkeypatch.setattr(support, "_windows", lambda sections: {})
+    monkeypatch.setattr(support, "windows", lambda sections: {})
     assert "probe" in str(why_not_tree(model, depth=DEPTH))
 
 

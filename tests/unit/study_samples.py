@@ -8,8 +8,9 @@ from typing import Any
 
 from lora_lab.record.result import Result, Status
 from lora_lab.record.run_record import RunHeader, RunRecord
+from lora_lab.study.cells import Cell, Point
 from lora_lab.study.interval import t_interval
-from lora_lab.study.table import Cell, MetricColumn, Point, SettingRow, SettingsTable
+from lora_lab.study.table import MetricColumn, SettingRow, SettingsTable
 from tests.unit.ledger_samples import digest, loss, setting_of
 
 LOSS = MetricColumn("heldout/loss", "nats/token", higher_is_better=False, chance=None)
