@@ -162,9 +162,14 @@ class Cohort:
                 self._pass(group)
                 continue
             for run in group:
-                run.attempt(functools.partial(self._tick, [run]))
-                if run.outcome is not None and run.outcome.stop is not None:
-                    raise run.outcome.stop
+                run.attempt(functools.partial(self._step_alone, run))
+                _raise_stop(run)
+
+    def _step_alone(self, run: Run) -> None:
+        """To the end of a step: what fails at its last micro-batch would not be seen before."""
+        self._tick([run])
+        while run.outcome is None and _training(run).member.open_step is not None:
+            self._tick([run])
 
     def _failure(self, group: Sequence[Run]) -> Status | None:
         """Of a pass of these runs; None where it went well. What had failed is let go of when this returns."""
@@ -177,17 +182,21 @@ class Cohort:
         return None
 
     def _tick(self, runs: Sequence[Run]) -> None:
-        trainings = {run.run_id: _training(run) for run in runs}
+        by_id = {run.run_id: run for run in runs}
 
         def on_step(member: Member, record: StepRecord) -> None:
-            trainings[member.name].on_step(record)
+            """What fails in the log of one is its own failure."""
+            run = by_id[member.name]
+            run.attempt(lambda: _training(run).on_step(record))
 
         assert self._forward is not None
         start = time.perf_counter()
         with self._shared.meter.phase("train"):
-            members = [training.member for training in trainings.values()]
+            members = [_training(run).member for run in runs]
             tokens = tick(self._forward, members, on_step=on_step, timed=False)
-        self._shared.note_tick(list(trainings), seconds=time.perf_counter() - start, tokens=tokens)
+        self._shared.note_tick(list(by_id), seconds=time.perf_counter() - start, tokens=tokens)
+        for run in runs:
+            _raise_stop(run)
 
     def _leave(self, run: Run) -> None:
         """Takes a run off the trunk, saves, scores and records it."""
@@ -210,8 +219,7 @@ class Cohort:
         ended = run.close()
         self._closed = self._desk.is_last(run.job, ended.status, self.queue)
         let_go(self._desk.bench.device)
-        if ended.stop is not None:
-            raise ended.stop
+        _raise_stop(run)
 
     def _interrupt(self, error: BaseException) -> None:
         """Records all who are seated when the process cannot go on."""
@@ -227,6 +235,12 @@ def _shown(run: Run) -> CohortMember:
     member = _training(run).member
     loss = member.records[-1].loss if member.records else None
     return CohortMember(run.run_id, run.job.name, member.step, member.total_steps, loss)
+
+
+def _raise_stop(run: Run) -> None:
+    """Where what ended the run ends the sweep as well."""
+    if run.outcome is not None and run.outcome.stop is not None:
+        raise run.outcome.stop
 
 
 def _training(run: Run) -> Training:

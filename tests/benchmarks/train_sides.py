@@ -19,6 +19,7 @@ from lora_lab.adapters.attach import attach
 from lora_lab.adapters.cohort.trunk import Trunk
 from lora_lab.data.encode import Encoded
 from lora_lab.memory.live_bytes import model_tensors
+from lora_lab.memory.malloc import keep_freed
 from lora_lab.models.load import model_folder
 from lora_lab.models.shared_copy import shared_copy
 from lora_lab.optim.optimizers import state_tensors
@@ -51,6 +52,7 @@ class Side:
 
 def lab_side(trials: Sequence[Trial], rows: Sequence[Encoded], cache: Path) -> Side:
     """The lab's own: these trials on one trunk, one alone as several."""
+    keep_freed()  # as a sweep does
     base = _plain(trials[0], cache)
     forward = Together(Trunk(base))
     members = []

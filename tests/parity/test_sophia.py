@@ -15,7 +15,7 @@ from lora_lab.data.batches import collate
 from lora_lab.models.load import load_base
 from lora_lab.optim.sophia import Sophia, gauss_newton_bartlett
 from lora_lab.schema.trial import Trial
-from lora_lab.train import curvature, forward
+from lora_lab.train import curvature, forward, loop
 from lora_lab.train.loop import train
 from lora_lab.train.member import Member, member_of
 from tests.conftest import MakeTrial
