@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_lab.errors import InputError, MachineError, Problem
+from lora_lab.errors import MachineError, Problem
 from lora_lab.launch.workers import run_on_devices
 from lora_lab.record.ledger import Ledger, run_id_of
 from lora_lab.record.run_folder import RunFolder
@@ -81,10 +81,16 @@ def is_first(folder: Path) -> bool:
 
 
 def lose_one(root: Path, device: torch.device, watcher: Watcher) -> Share:
-    """Two runs. Who has the first is killed with it; the other ends the second, then takes the first as well."""
+    """Who has the first run ends another, and is killed; the other worker ends the second, and then takes the first."""
     mine: list[int] = []
-    first = claim(Ledger(root), trial_of(seed=0))
-    if first is not None:
+    if is_first(root / "victim"):
+        first = claim(Ledger(root), trial_of(seed=0))
+        assert first is not None
+        own = claim(Ledger(root), trial_of(seed=2))
+        assert own is not None
+        with own:
+            watcher.run_started(own.header, own.path, steps=2)
+            finish(own, watcher)
         watcher.run_started(first.header, first.path, steps=2)
         watcher.step(first.run_id, 1, {"loss": 1.0})
         (root / "has-first").touch()
@@ -108,8 +114,6 @@ def fail(root: Path, kinds: tuple[str, ...], device: torch.device, watcher: Watc
     kind = next(kind for number, kind in enumerate(kinds) if is_first(root / f"taken-{number}"))
     if kind == "machine":
         raise MachineError([Problem("disk", "no space left"), Problem("", "sorry")])
-    if kind == "input":
-        raise InputError(Problem("rank", "must be >= 1"))
     if kind == "bug":
         raise ZeroDivisionError("by " + "zero")
     if kind == "exit":

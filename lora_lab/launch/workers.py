@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -55,8 +54,8 @@ def run_on_devices(devices: Sequence[torch.device], work: Work[Value], watcher: 
     that was open in a lost worker is told a last phase. That a device is lost is said on stderr while others go on.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, when the workers have ended. (After SIGTERM the signal is sent once more, to
-            the handler that was there before.)
+        KeyboardInterrupt: after a signal, when the workers have ended. The handler that was there before gets the
+            signal first: Python's own for Ctrl-C raises this, that for SIGTERM ends the process.
         InputError, MachineError, RuntimeError: the work returned on no device; InputError if that is what every worker
             raised, RuntimeError, with the traceback, for a bug.
     """
@@ -74,10 +73,9 @@ def run_on_devices(devices: Sequence[torch.device], work: Work[Value], watcher: 
         finally:
             for worker in workers:
                 worker.put_away()
-    if signals.first == signal.SIGINT:
-        raise KeyboardInterrupt
     if signals.first is not None:
-        os.kill(os.getpid(), signals.first)
+        signal.raise_signal(signals.first)
+        raise KeyboardInterrupt  # the handler that was there before has let it pass
     values = tuple(one.end.value for one in workers if isinstance(one.end, Done))
     if not values:
         raise _error_of(workers)
@@ -93,13 +91,12 @@ class _Worker:
         self.reader, writer = context.Pipe(duplex=False)
         self.process = context.Process(target=carry_out, args=(work, device, threads, writer), name=f"worker {name}")
         self.end: Done | Stopped | Failed | None = None
-        self.open_runs: dict[str, None] = {}
         with _held_back():
             self.process.start()
         writer.close()  # the only one left is the worker's, so its death is the end of the stream
 
-    def hear(self, watcher: Watcher) -> bool:
-        """Passes on one event; False where there will be no more."""
+    def hear(self, watcher: Watcher, open_runs: dict[str, _Worker]) -> bool:
+        """Passes on one event, and keeps the book of who is at which run; False where there will be no more."""
         try:
             said = self.reader.recv()
         except (EOFError, OSError):  # gone, perhaps in the middle of an event
@@ -108,9 +105,9 @@ class _Worker:
             self.end = said
             return False
         if isinstance(said, RunStarted):
-            self.open_runs[said.header.run_id] = None
+            open_runs[said.header.run_id] = self
         elif isinstance(said, RunFinished):
-            self.open_runs.pop(said.header.run_id, None)
+            open_runs.pop(said.header.run_id, None)
         tell(watcher, said)
         return True
 
@@ -182,24 +179,27 @@ class _Signals:
 def _listen(workers: Sequence[_Worker], watcher: Watcher, signals: _Signals) -> None:
     """Passes on what the workers say until the last has ended."""
     listening = list(workers)
+    open_runs: dict[str, _Worker] = {}
     while listening:
         ready = connection.wait([one.reader for one in listening], timeout=_LOOK_SECONDS)
         for worker in list(listening):
-            is_over = not worker.hear(watcher) if worker.reader in ready else worker.is_silent()
-            if is_over:
-                listening.remove(worker)
-                problem = worker.problem()
-                if problem is not None and signals.first is None:
-                    _report(problem, worker, watcher, others_go_on=bool(listening))
+            is_over = not worker.hear(watcher, open_runs) if worker.reader in ready else worker.is_silent()
+            if not is_over:
+                continue
+            listening.remove(worker)
+            problem = worker.problem()
+            if problem is None or signals.first is not None:
+                continue
+            for run_id in [run_id for run_id, one in open_runs.items() if one is worker]:
+                watcher.phase(run_id, f"lost with the worker of {worker.name}")
+            if listening:
+                _say_lost(worker, problem)
 
 
-def _report(problem: Problem, worker: _Worker, watcher: Watcher, *, others_go_on: bool) -> None:
-    for run_id in worker.open_runs:
-        watcher.phase(run_id, f"lost with the worker of {worker.name}")
-    if others_go_on:
-        trace = worker.end.trace if isinstance(worker.end, Failed) else ""
-        with contextlib.suppress(OSError):
-            print(f"{trace}{problem}. The other devices go on.", file=sys.stderr)
+def _say_lost(worker: _Worker, problem: Problem) -> None:
+    trace = worker.end.trace if isinstance(worker.end, Failed) else ""
+    with contextlib.suppress(OSError):
+        print(f"{trace}{problem}. The other devices go on.", file=sys.stderr)
 
 
 def _error_of(workers: Sequence[_Worker]) -> Exception:

@@ -198,8 +198,9 @@ def test_the_longest_take_seats_first() -> None:
         long(4, steps=30, batch=4, micro=4),  # as job 1
         job(train_rows=None, seed=5),  # epochs of an unknown number of rows
         job(seed=6),  # 2 epochs of 100 rows: 26 steps of two micro-batches, 52
+        long(7, steps=50, batch=1, micro=1),  # 50, of one row each
     ]
-    assert members(plan_cohorts(jobs, cohort="auto")) == [[5, 6, 2, 1, 4, 3, 0]]
+    assert members(plan_cohorts(jobs, cohort="auto")) == [[5, 6, 7, 2, 1, 4, 3, 0]]
 
 
 def test_ids_are_of_the_members() -> None:
