@@ -102,6 +102,8 @@ class _Shift:
         for job in jobs:
             self._rivals.setdefault(comparable_key(job.trial, job.identities), []).append(_key(job))
         launch = lab.launch
+        # Workers that were given one device (the CPU, say) count on the same memory.
+        self._sharers = max(1, launch.device.count(str(bench.device))) if isinstance(launch.device, tuple) else 1
         self._desk = Desk(
             bench,
             watcher,
@@ -126,7 +128,7 @@ class _Shift:
         seating = seating_of(planned.jobs, self._bench, asked=planned.seats)
         held: list[Job] = []
         if seating.together:
-            budget = MemoryBudget(self._bench.device, self._lab.launch.memory_fraction)
+            budget = MemoryBudget(self._bench.device, self._lab.launch.memory_fraction / self._sharers)
             cohort = Cohort(planned.id, seating.together, seating.seats, self._desk, budget)
             cohort.run()
             held += cohort.held

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from lora_lab.memory.malloc import give_back
+
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -27,8 +29,13 @@ class MemoryMeter:
         self.missing: dict[str, str] = {}
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Resets the peaks, runs the block, records them (also when the block raises: a failed run has peaks too)."""
+    def phase(self, name: str, *, is_short: bool = False) -> Iterator[None]:
+        """Resets the peaks, runs the block, records them (also when the block raises: a failed run has peaks too).
+
+        Memory that earlier work has freed is given back first, unless the phase is too short for that to pay.
+        """
+        if not is_short:
+            give_back()
         is_reset = _reset_resident_peak()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)

@@ -32,7 +32,8 @@ def _sgd(settings: Sgd, parameters: Parameters, rate: float) -> torch.optim.Opti
         momentum=settings.momentum,
         nesterov=settings.nesterov,
         weight_decay=settings.weight_decay,
-        foreach=True,  # torch's fused one wants momentum of all tensors or of none, and LISA's come and go
+        # torch's fused one wants momentum of all tensors or of none, and LISA's come and go.
+        fused=settings.momentum == 0,
     )
 
 

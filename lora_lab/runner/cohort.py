@@ -191,7 +191,7 @@ class Cohort:
 
         assert self._forward is not None
         start = time.perf_counter()
-        with self._shared.meter.phase("train"):
+        with self._shared.meter.phase("train", is_short=True):
             members = [_training(run).member for run in runs]
             tokens = tick(self._forward, members, on_step=on_step, timed=False)
         self._shared.note_tick(list(by_id), seconds=time.perf_counter() - start, tokens=tokens)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,20 @@ import psutil
 import pytest
 import torch
 
+from lora_lab.app.compose import Composer
 from lora_lab.errors import DataError, InputError, MachineError, Problem
 from lora_lab.launch import device as devices_module
 from lora_lab.launch.device import choose_devices
 from lora_lab.launch.worker import Failed, Stopped
 from lora_lab.launch.workers import _error_of, _names, _shares, _Worker, run_on_devices
+from lora_lab.plan.cohorts import plan_cohorts
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.watcher import Watchers
+from lora_lab.schema.trial import LAB_KEYS, read_lab
 from tests import worker_stand_ins as stand_ins
 from tests.unit.ledger_samples import digest, trial_of
+from tests.unit.test_plan_trials import job
+from tests.unit.test_plan_trials import trial_of as real_trial_of
 from tests.worker_stand_ins import CPU, PATIENCE_SECONDS, Share, fail, lose_one, run_id, split, wait_for
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -250,3 +256,12 @@ def test_names_and_shares() -> None:
     mixed = [torch.device(name) for name in ("cuda:0", "cpu", "cuda:1", "cpu")]
     assert _names(mixed) == ["cuda:0", "cpu (1)", "cuda:1", "cpu (2)"]
     assert [_shares(*one) for one in ((8, 2), (7, 3), (1, 4))] == [[4, 4], [3, 2, 2], [1, 1, 1, 1]]
+
+
+def test_what_a_worker_is_handed_can_be_sent(composer: Composer) -> None:
+    jobs = [job(real_trial_of(rank=rank)) for rank in (4, 8)]
+    cohorts = plan_cohorts(jobs, cohort="auto")
+    mapping = composer.compose(["launch.device=[cpu,cpu]", "launch.cohort=off"]).mapping
+    lab = read_lab({key: mapping[key] for key in LAB_KEYS})
+    for handed in (jobs, cohorts, lab, Path("cache"), CPU):
+        assert ForkingPickler.loads(bytes(ForkingPickler.dumps(handed))) == handed
