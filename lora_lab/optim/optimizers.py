@@ -32,8 +32,7 @@ def _sgd(settings: Sgd, parameters: Parameters, rate: float) -> torch.optim.Opti
         momentum=settings.momentum,
         nesterov=settings.nesterov,
         weight_decay=settings.weight_decay,
-        # torch's fused one wants momentum of all tensors or of none, and LISA's come and go.
-        fused=settings.momentum == 0,
+        fused=True,
     )
 
 

@@ -23,7 +23,7 @@ from lora_lab.optim.groups import RateGroup, rate_groups
 from lora_lab.optim.optimizers import build_optimizer, build_schedule
 from lora_lab.plan.steps import learning_rate_multiplier, steps_of
 from lora_lab.schema.trial import Trial
-from lora_lab.schema.weight_methods import Galore
+from lora_lab.schema.weight_methods import Galore, Lisa
 from lora_lab.train.curvature import CurvatureSchedule, curvature_of
 from lora_lab.train.forward import MicroBatch
 from lora_lab.train.projection import projected
@@ -182,6 +182,10 @@ def optimizer_of(trial: Trial, attached: Attached, named: Sequence[tuple[str, nn
     groups = rate_groups(trial, named, num_layers=config.num_hidden_layers)
 
     def build(wanted: Sequence[RateGroup]) -> torch.optim.Optimizer:
-        return build_optimizer(trial.optimizer, wanted, learning_rate=trial.learning_rate)
+        optimizer = build_optimizer(trial.optimizer, wanted, learning_rate=trial.learning_rate)
+        if isinstance(trial.method, Lisa) and isinstance(optimizer, torch.optim.SGD):
+            for group in optimizer.param_groups:  # torch's fused SGD wants momentum of all tensors or of none
+                group["fused"] = False
+        return optimizer
 
     return projected(trial, attached.model, groups, build) if isinstance(trial.method, Galore) else build(groups)
