@@ -135,10 +135,11 @@ class Run:
             self.gathered.note_load("after")
             self._gather_memory()
             result = self._result(self.outcome)
+            # The result comes last: who is killed here is done again, and a run with a result has its card.
+            write_cards(self.folder.path, self.folder.header, result)
             self.folder.write_result(result)
             if result.status.is_final:
                 self.folder.drop_checkpoints()
-            write_cards(self.folder.path, self.folder.header, result)
             self.watcher.run_finished(self.folder.header, self.folder.path, result)
         return self.outcome
 

@@ -102,7 +102,8 @@ class Training:
 
     def on_step(self, record: StepRecord) -> None:
         """Logs a step, and looks at layers and routers where it is time."""
-        values = {**record.values(), **memory_now(self._device)}
+        # Of a step that was shared, memory is the cohort's, as its time is.
+        values = {**record.values(), **({} if record.seconds is None else memory_now(self._device))}
         self._log.write(record.step, values)
         self._watcher.step(self._folder.run_id, record.step, values)
         if record.step in self._observed:
