@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lora_lab.errors import first_line
 from lora_lab.models.config_limits import position_limits, rope_limits, text_sections, windows
 from lora_lab.models.quiet import quiet_transformers
+from lora_lab.models.shared_copy import shared_copy
 
 _ATTENTION = "lora_lab_ragged"
 # Of the probe: rows of which none is as long as another, so that places in the row and in the call differ.
@@ -129,8 +130,6 @@ def why_not_ragged(model: Any, *, longest: int) -> str | None:
 
 @torch.no_grad()
 def _probe(model: Any, lengths: list[int]) -> str | None:
-    from lora_lab.models.shared_copy import shared_copy
-
     generator = torch.Generator().manual_seed(0)
     size = model.get_input_embeddings().weight.shape[0]
     rows = [torch.randint(size, (1, length), generator=generator).to(model.device) for length in lengths]

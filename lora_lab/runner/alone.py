@@ -58,19 +58,25 @@ def let_go(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def together_on(job: Job, bench: Workbench) -> Together:
+    """An empty trunk on the base of a job, with its gradient checkpointing."""
+    trunk = Trunk(bench.plain_base(job))
+    enable_checkpointing(trunk.model, job.trial.training.gradient_checkpointing)
+    return Together(trunk)
+
+
 @contextlib.contextmanager
 def forward_alone(training: Training, job: Job, bench: Workbench) -> Iterator[Forward]:
     """How a single run's model is called: without padding where its method and model allow it."""
-    member, model, mode = training.member, training.attached.model, job.trial.training.gradient_checkpointing
+    member, model = training.member, training.attached.model
     why_padded = bench.why_not_together(job, training.longest)
     training.note_rows("end to end" if why_padded is None else f"padded: {why_padded}")
     if why_padded is None:
-        trunk = Trunk(bench.plain_base(job))
-        enable_checkpointing(trunk.model, mode)
-        trunk.join(member.name, model)
-        yield Together(trunk)
+        forward = together_on(job, bench)
+        forward.trunk.join(member.name, model)
+        yield forward
         return
-    enable_checkpointing(model, mode)
+    enable_checkpointing(model, job.trial.training.gradient_checkpointing)
     with loss_token_logits(model) as head:
         yield Alone(head, pad_id=model.config.pad_token_id, device=bench.device)
 

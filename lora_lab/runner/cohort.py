@@ -12,20 +12,18 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from lora_lab.adapters.cohort.trunk import Trunk
 from lora_lab.errors import MachineError
 from lora_lab.memory.meter import memory_now
 from lora_lab.plan.job import Job
 from lora_lab.record.result import Status
 from lora_lab.record.watcher import CohortMember, CohortView
-from lora_lab.runner.alone import let_go
+from lora_lab.runner.alone import let_go, together_on
 from lora_lab.runner.desk import Desk
 from lora_lab.runner.outcome import Outcome, is_out_of_memory
 from lora_lab.runner.run import Run
 from lora_lab.runner.seats import MemoryBudget
 from lora_lab.runner.shared_cost import SharedCost
 from lora_lab.runner.training import Training
-from lora_lab.train.checkpointing import enable_checkpointing
 from lora_lab.train.forward import Together
 from lora_lab.train.loop import tick
 from lora_lab.train.member import Member, StepRecord
@@ -126,9 +124,7 @@ class Cohort:
         """Seats a prepared run on the trunk, and measures what it needs."""
         training = _training(run)
         if self._forward is None:
-            trunk = Trunk(self._desk.bench.plain_base(run.job))
-            enable_checkpointing(trunk.model, run.job.trial.training.gradient_checkpointing)
-            self._forward = Together(trunk)
+            self._forward = together_on(run.job, self._desk.bench)
         training.note_rows("end to end")
         self._forward.trunk.join(run.run_id, training.attached.model)
         probe = training.probe(self._forward)

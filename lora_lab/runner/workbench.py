@@ -16,11 +16,12 @@ from lora_lab.data.sources import load_rows
 from lora_lab.models.load import LoadedBase
 from lora_lab.models.ragged import why_not_ragged
 from lora_lab.models.shared_copy import shared_copy
-from lora_lab.plan.cohorts import why_not_fused
+from lora_lab.plan.cohorts import BaseKey, cohort_key, why_not_fused
 from lora_lab.plan.job import Job
-from lora_lab.record.parents import PARENT_ROLES, WEIGHTS
+from lora_lab.record.parents import PARENT_ROLES
 from lora_lab.restore import Restorer
 
+_K = TypeVar("_K")
 _T = TypeVar("_T")
 # Data sets of a sweep that are kept as rows, and as tokens.
 _KEPT_SETS = 4
@@ -41,11 +42,11 @@ class Workbench:
     restorer: Restorer
     cache: Path
     device: torch.device
-    _key: str | None = None
+    _key: BaseKey | None = None
     _base: LoadedBase | None = None
     _ragged: dict[int, str | None] = field(default_factory=dict)
     _rows: dict[str, Rows] = field(default_factory=dict)
-    _tokens: dict[str, Tokens] = field(default_factory=dict)
+    _tokens: dict[tuple[str, BaseKey], Tokens] = field(default_factory=dict)
 
     def base_of(self, job: Job) -> LoadedBase:
         """The base of a job, to put its method on: a copy over the kept tensors, which nothing of the method reaches.
@@ -76,7 +77,7 @@ class Workbench:
             rows = self.rows_of(job)
             return Tokens(encode(rows.train), encode(rows.heldout))
 
-        return _kept(self._tokens, _data_key(job) + _base_key(job), encode_both)
+        return _kept(self._tokens, (_data_key(job), cohort_key(job).base), encode_both)
 
     def why_not_together(self, job: Job, longest: int) -> str | None:
         """Why a job cannot take a seat beside others: its method, the base's quantization, or the model's attention."""
@@ -89,7 +90,7 @@ class Workbench:
         return self._ragged[longest]
 
     def _loaded(self, job: Job) -> LoadedBase:
-        key = _base_key(job)
+        key = cohort_key(job).base
         if self._base is None or key != self._key:
             self._key = self._base = None  # gone before the next is loaded
             self._ragged.clear()
@@ -98,7 +99,7 @@ class Workbench:
         return self._base
 
 
-def _kept(made: dict[str, _T], key: str, make: Callable[[], _T]) -> _T:
+def _kept(made: dict[_K, _T], key: _K, make: Callable[[], _T]) -> _T:
     """What was made for `key`, or is made now; the oldest are let go."""
     if key not in made:
         made[key] = make()
@@ -110,15 +111,3 @@ def _kept(made: dict[str, _T], key: str, make: Callable[[], _T]) -> _T:
 def _data_key(job: Job) -> str:
     identities = {role: value for role, value in job.identities.items() if role not in PARENT_ROLES}
     return json.dumps([identities, job.trial.data.model_dump(mode="json")], sort_keys=True)
-
-
-def _base_key(job: Job) -> str:
-    trial = job.trial
-    parts: list[Any] = [
-        job.identities.get("base"),
-        job.identities.get(WEIGHTS),
-        trial.model.model_dump(mode="json"),
-        trial.quantization.model_dump(mode="json"),
-        trial.training.precision,
-    ]
-    return json.dumps(parts, sort_keys=True)

@@ -9,10 +9,10 @@ and backwards, with g = dL/dy:
     dB_i = s_i g_i^T h_i,   e_i = s_i g_i B_i,   dA_i = e_i^T dropout_i(x_i),   dx = g W,   dx_i += dropout_i'(e_i A_i).
 
 Everything is added in place, so an adapter costs no tensor of the layer's width. What is kept for the backward pass is
-x (once for all adapters), h_i and dropout masks; a frozen weight needs nothing of its input. Adapters of one rank on as
-many tokens each are computed as one batched product. Rows are independent: what is not finite in one member's stays
-there. In another precision than the base's (bf16 base, fp32 adapter) an adapter is computed in its own and its sum
-with the base's output is rounded once, as PEFT does it.
+x (once for all adapters), h_i and dropout masks; a frozen weight needs nothing of its input. Adapters are computed one
+after another: batched products over equal ones were no faster on a CPU. Rows are independent: what is not finite in
+one member's stays there. In another precision than the base's (bf16 base, fp32 adapter) an adapter is computed in its
+own and its sum with the base's output is rounded once, as PEFT does it.
 """
 
 from __future__ import annotations
@@ -91,9 +91,8 @@ class _AdaptedProduct(torch.autograd.Function):
         x, weight, *rest = ctx.saved_tensors
         drops, hidden, pairs = rest[:count], rest[count : 2 * count], rest[2 * count :]
         g = gradients[0]
-        needs_input = ctx.needs_input_grad[0]
         dx = None
-        if needs_input:
+        if ctx.needs_input_grad[0]:
             dx = torch.zeros_like(x) if ctx.has_product else g @ weight.T
         found: list[Tensor | None] = []
         for index, (start, stop, scaling, keep_scale) in enumerate(plan):
