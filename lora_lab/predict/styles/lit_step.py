@@ -1,0 +1,184 @@
+"""One training step, or the generation of a few tokens, as lit-gpt took it, on fake tensors: what is alive when.
+
+A step is one or more micro-steps that add up gradients, then the optimizer's update. Gradients are not clipped. The
+loss is computed for 128 tokens at a time from logits in float32. Counted as CUDA counts, with the two workspaces of
+cuBLAS (the forward pass and autograd's thread have one each).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from lora_lab.memory.live_bytes import CUDA_BLOCK_BYTES, LiveBytes
+from lora_lab.plan.timeline import Place, Timeline
+from lora_lab.predict.styles.lit_attention import RootMeanSquareNorm
+from lora_lab.predict.styles.lit_linear import PackedLinear, Packing, Tuning
+from lora_lab.predict.styles.lit_model import LitModel
+from lora_lab.predict.styles.lit_shapes import LitShape
+
+LitOptimizer = Literal["adamw", "paged_adamw", "sgd", "sgd_momentum"]
+
+# Tokens whose logits are computed at once in training.
+PIECE = 128
+# What cuBLAS is given on devices before Hopper: 2 * 4096 KiB + 8 * 16 KiB (torch's default of CUBLAS_WORKSPACE_CONFIG).
+WORKSPACE_BYTES = (2 * 4096 + 8 * 16) * 1024
+# bitsandbytes keeps states in managed memory from this size on; smaller ones are ordinary tensors.
+PAGED_ELEMENTS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class LitRun:
+    """length: tokens of every row of the micro-batch, as they are padded to the longest.
+
+    first: the longest row comes with the very first micro-step, when there are neither gradients nor optimizer states
+    (lit-gpt of 2023 puts it there); else it comes when there are. before: tokens of the micro-batch before it, whose
+    logits stay alive until the next ones are there, as the loop's variable holds them.
+    """
+
+    shape: LitShape
+    packing: Packing | None
+    tuning: Tuning
+    optimizer: LitOptimizer
+    micro_batch: int
+    length: int
+    first: bool
+    before: int = 0
+
+
+def training_timeline(run: LitRun) -> Timeline:
+    """The micro-step with the longest rows, then the update."""
+    model = _fake(LitModel, run.shape, run.packing, run.tuning, run.length)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = _optimizer(run.optimizer, trained)
+    if not run.first:
+        _add_gradients(trained)
+        _update(optimizer, run.optimizer, trained)
+        _add_gradients(trained)
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    with _recorded(model, states, gradients) as live:
+        logits = [model.wte.weight.new_empty((run.micro_batch, run.before, run.shape.rows), dtype=torch.float32)]
+        _micro_step(model, run, live, logits)
+        live.claim("gradients", [parameter.grad for parameter in trained if parameter.grad is not None])
+        live.place = Place("update")
+        _update(optimizer, run.optimizer, trained)
+        live.claim("optimizer_state", [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)])
+    return live.timeline()
+
+
+def generation_timeline(shape: LitShape, packing: Packing | None, *, prompt: int, new: int) -> Timeline:
+    """A prompt of so many tokens, and the first two of `new` tokens after it; room is made for all of them."""
+    model = _fake(LitModel, shape, packing, Tuning("none"), prompt + new)
+    with _recorded(model, [], []) as live, torch.no_grad():
+        live.place = Place("forward")
+        model.keep_keys(prompt + new)
+        place = torch.arange(prompt)
+        for _ in range(2):
+            logits = model.next_logits(torch.zeros(1, len(place), dtype=torch.long), place)
+            torch.softmax(logits[0, -1] / 0.8, dim=-1)
+            place = place[-1:] + 1
+    return live.timeline()
+
+
+def trained_parameters(shape: LitShape, packing: Packing | None, tuning: Tuning) -> int:
+    """How many numbers are trained."""
+    model = _fake(LitModel, shape, packing, tuning, 1)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _add_gradients(trained: list[nn.Parameter]) -> None:
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _micro_step(model: LitModel, run: LitRun, live: LiveBytes, logits: list[Tensor]) -> None:
+    """logits: of the micro-step before; they are replaced once the new ones are there."""
+    ids = torch.zeros(run.micro_batch, run.length, dtype=torch.long)
+    live.place = Place("forward")
+    logits[:] = model(ids, piece=PIECE)
+    logits[-1] = logits[-1][..., :-1, :]
+    pieces = [part.reshape(-1, part.size(-1)) for part in logits]
+    targets = [part.reshape(-1) for part in ids[..., 1:].split(PIECE, dim=1)]
+    losses = [F.cross_entropy(part, target, reduction="none") for part, target in zip(pieces, targets, strict=False)]
+    loss = torch.cat(losses).mean()
+    live.claim_live("activations")
+    live.place = Place("backward")
+    (loss / 128).backward()  # type: ignore[no-untyped-call]
+
+
+def _fake(kind: type[LitModel], shape: LitShape, packing: Packing | None, tuning: Tuning, longest: int) -> LitModel:
+    """The model in bfloat16 on fake tensors; only what `tuning` trains has gradients."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = kind(shape, packing, tuning, longest)
+    finally:
+        torch.set_default_dtype(before)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    made = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    module._parameters[name] = nn.Parameter(made, requires_grad=_is_trained(module, name, tuning))
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return model
+
+
+def _is_trained(module: nn.Module, name: str, tuning: Tuning) -> bool:
+    if isinstance(module, PackedLinear):
+        return False
+    if tuning.kind == "full":
+        return True
+    if tuning.kind == "prompt_and_scale" and isinstance(module, RootMeanSquareNorm | nn.LayerNorm):
+        return True
+    if isinstance(module, nn.Embedding):
+        return tuning.kind.startswith("prompt") and module.num_embeddings < PIECE
+    return name.startswith(("lora_", "adapter_", "gating_"))
+
+
+def _optimizer(kind: LitOptimizer, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    # On CUDA torch updates lists of tensors at once, and keeps a temporary of each while it does.
+    if kind in ("sgd", "sgd_momentum"):
+        return torch.optim.SGD(trained, lr=0.1, momentum=0.9 if kind == "sgd_momentum" else 0.0, foreach=True)
+    return torch.optim.AdamW(trained, lr=1e-3, foreach=kind == "adamw")
+
+
+def _update(optimizer: torch.optim.Optimizer, kind: LitOptimizer, trained: list[nn.Parameter]) -> None:
+    """One update and the end of all gradients. Paged states are made where they count: small ones, in float32."""
+    if kind != "paged_adamw":
+        optimizer.step()
+    else:
+        for parameter in trained:
+            if parameter.numel() < PAGED_ELEMENTS and parameter not in optimizer.state:
+                pair = [parameter.new_zeros(parameter.shape, dtype=torch.float32) for _ in range(2)]
+                optimizer.state[parameter] = {"state1": pair[0], "state2": pair[1]}
+    optimizer.zero_grad()
+
+
+@contextmanager
+def _recorded(model: LitModel, states: list[Tensor], gradients: list[Tensor]) -> Iterator[LiveBytes]:
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    constants = [buffer for module in packed for buffer in module.buffers()]
+    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    workspaces = [torch.empty(WORKSPACE_BYTES, dtype=torch.uint8) for _ in range(2)]
+    known = {
+        "quantization_constants": constants,
+        "adapter": adapter,
+        "weights": [*model.parameters(), *model.buffers()],
+        "gradients": gradients,
+        "optimizer_state": states,
+        "temporary": workspaces,
+    }
+    with LiveBytes(known, block_bytes=CUDA_BLOCK_BYTES) as live:
+        yield live
