@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_lab.plan.cohorts import why_not_fused
-from lora_lab.plan.devices import DeviceMemory
+from lora_lab.plan.devices import WORKSPACE_BYTES, DeviceMemory, workspace_bytes
 from lora_lab.plan.prediction import LongestRows, Prediction
 from lora_lab.schema.adaptation import Quantization
 from lora_lab.schema.combinations import combination_problems
@@ -70,7 +70,10 @@ def fit_of(trial: Trial, rows: LongestRows, prediction: Prediction, device: Devi
 def needed_bytes(prediction: Prediction, device: DeviceMemory) -> int:
     """What a run needs of a device: what is reserved, or without an allocator what is alive, and the context."""
     peak = prediction.peak_reserved_bytes
-    return (prediction.peak_allocated_bytes if peak is None else peak) + device.context_bytes
+    if peak is None:
+        return prediction.peak_allocated_bytes + device.context_bytes
+    # A prediction holds two workspaces of the usual size; some cards are given larger ones.
+    return peak + 2 * (workspace_bytes(device) - WORKSPACE_BYTES) + device.context_bytes
 
 
 def closest_that_fit(trial: Trial, rows: LongestRows, device: DeviceMemory, predict: Predict) -> list[Suggestion]:

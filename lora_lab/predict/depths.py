@@ -9,11 +9,14 @@ estimate then, as fragments do not grow evenly.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lab.memory.allocator import allocator_peaks
+from lora_lab.plan.devices import WORKSPACE_BYTES
 from lora_lab.plan.prediction import DeviceKind, LongestRows
-from lora_lab.plan.timeline import PARTS, START, Moment, Place
+from lora_lab.plan.timeline import PARTS, START, Event, Moment, Place
 from lora_lab.predict.traced_step import TracedStep, traced_step
 from lora_lab.schema.trial import Trial
 from lora_lab.schema.weight_methods import Freeze, Lisa
@@ -36,6 +39,11 @@ class Estimate:
     rows: str
     how: str
 
+    @property
+    def beside_tensors(self) -> int:
+        """Bytes of the peak that the allocator has handed out for no tensor."""
+        return self.peak.parts["allocator"]
+
 
 def estimate(trial: Trial, rows: LongestRows, config: Any, *, device_kind: DeviceKind) -> Estimate:
     """Traces in full, or from two depths where that is exact; raises as `traced_step` does."""
@@ -57,8 +65,11 @@ def estimate(trial: Trial, rows: LongestRows, config: Any, *, device_kind: Devic
     def line(name: str) -> int:
         return _extended(getattr(first, name), getattr(second, name), depth)
 
+    peak = max(moments, key=lambda moment: moment.total)
+    if device_kind == "cuda":
+        peak = _with_allocator(peak, _extended(first.beside_tensors, second.beside_tensors, depth))
     return Estimate(
-        peak=max(moments, key=lambda moment: moment.total),
+        peak=peak,
         trainable_parameters=line("trainable_parameters"),
         total_parameters=line("total_parameters"),
         base_bytes=line("base_bytes"),
@@ -98,13 +109,18 @@ def _with_layers(config: Any, layers: int) -> Any:
 
 
 def _of(step: TracedStep, device_kind: DeviceKind, *, how: str) -> Estimate:
+    peak, reserved = step.timeline.peak, None
+    if device_kind == "cuda":
+        handed_out = allocator_peaks(with_workspaces(step.timeline.events))
+        peak = _with_allocator(peak, handed_out.allocated - peak.total)
+        reserved = handed_out.reserved
     return Estimate(
-        peak=step.timeline.peak,
+        peak=peak,
         trainable_parameters=step.counts.trainable,
         total_parameters=step.counts.total,
         base_bytes=step.base_bytes,
         paged_bytes=step.paged_bytes,
-        reserved_bytes=None,
+        reserved_bytes=reserved,
         rows=step.rows,
         how=how,
     )
@@ -131,6 +147,17 @@ def _line(low: Moment, high: Moment, depth: int) -> Moment:
     if place.layer is not None and place.layer > 1:
         place = place._replace(layer=place.layer + depth - _DEEPER)
     return Moment(place, {part: _extended(low.parts[part], high.parts[part], depth) for part in PARTS})
+
+
+def with_workspaces(events: Sequence[Event]) -> Iterator[Event]:
+    """The events of a step on CUDA, with cuBLAS's workspaces: of the thread that goes forward, and of autograd's."""
+    for storage in (-1, -2):
+        yield Event(storage, WORKSPACE_BYTES, START)
+    yield from events
+
+
+def _with_allocator(peak: Moment, size: int) -> Moment:
+    return Moment(peak.place, {**peak.parts, "allocator": size})
 
 
 def _extended(low: int, high: int, depth: int) -> int:

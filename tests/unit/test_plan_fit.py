@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lora_lab.plan.devices import DeviceMemory
-from lora_lab.plan.fit import NF4, Suggestion, closest_that_fit, fit_of
+from lora_lab.plan.fit import NF4, Suggestion, closest_that_fit, fit_of, needed_bytes
 from lora_lab.plan.prediction import LongestRows, Prediction
 from lora_lab.schema.combinations import combination_problems
 from lora_lab.schema.trial import Trial
@@ -26,7 +26,7 @@ def micro(size: int) -> str:
 
 
 def device(total: int) -> DeviceMemory:
-    return DeviceMemory("test", total, CONTEXT, "made up")
+    return DeviceMemory("a100", total, CONTEXT, "made up")  # a card whose workspaces are those of a prediction
 
 
 def rows(count: int = 8) -> LongestRows:
@@ -274,3 +274,11 @@ def test_a_fit_is_plain_values() -> None:
     assert dataclasses.asdict(fit)["device"] == {
         "name": "test", "total_bytes": 5000, "context_bytes": 7, "source": "made up",
     }  # fmt: skip
+
+
+def test_cards_with_larger_workspaces_need_more() -> None:
+    predicted = Predicted()(trial(), rows())
+    usual, larger = device(0), dataclasses.replace(device(0), name="h100")
+    assert needed_bytes(predicted, larger) - needed_bytes(predicted, usual) == 2 * (32 * 2**20 - 8_519_680)
+    on_cpu = Predicted(kind="cpu")(trial(), rows())
+    assert needed_bytes(on_cpu, larger) == needed_bytes(on_cpu, usual)
