@@ -272,7 +272,7 @@ def test_a_fit_is_plain_values() -> None:
     predicted = Predicted()
     fit = fit_of(trial(), rows(), predicted(trial(), rows()), device(5000), predicted)
     assert dataclasses.asdict(fit)["device"] == {
-        "name": "test", "total_bytes": 5000, "context_bytes": 7, "source": "made up",
+        "name": "a100", "total_bytes": 5000, "context_bytes": 7, "source": "made up",
     }  # fmt: skip
 
 
