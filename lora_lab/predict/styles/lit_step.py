@@ -39,8 +39,9 @@ class LitRun:
     """length: tokens of every row of the micro-batch, as they are padded to the longest.
 
     first: the longest row comes with the very first micro-step, when there are neither gradients nor optimizer states
-    (lit-gpt of 2023 puts it there); else it comes when there are. before: tokens of the micro-batch before it, whose
-    logits stay alive until the next ones are there, as the loop's variable holds them.
+    (lit-gpt of 2023 puts it there); else it comes when there are. before: tokens of each row of the micro-batch before
+    it. The loop's variables hold its logits and its loss until they are assigned anew, and with them what 4-bit layers
+    kept: autograd releases what is saved in its way, but not what a function keeps as an attribute.
     """
 
     shape: LitShape
@@ -65,8 +66,10 @@ def training_timeline(run: LitRun) -> Timeline:
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     with _recorded(model, states, gradients) as live:
-        logits = [model.wte.weight.new_empty((run.micro_batch, run.before, run.shape.rows), dtype=torch.float32)]
-        _micro_step(model, run, live, logits)
+        loop = _Loop(model, live)
+        if run.before:
+            loop.micro_step(run.micro_batch, run.before)
+        loop.micro_step(run.micro_batch, run.length)
         live.claim("gradients", [parameter.grad for parameter in trained if parameter.grad is not None])
         live.place = Place("update")
         _update(optimizer, run.optimizer, trained)
@@ -99,19 +102,32 @@ def _add_gradients(trained: list[nn.Parameter]) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def _micro_step(model: LitModel, run: LitRun, live: LiveBytes, logits: list[Tensor]) -> None:
-    """logits: of the micro-step before; they are replaced once the new ones are there."""
-    ids = torch.zeros(run.micro_batch, run.length, dtype=torch.long)
-    live.place = Place("forward")
-    logits[:] = model(ids, piece=PIECE)
-    logits[-1] = logits[-1][..., :-1, :]
-    pieces = [part.reshape(-1, part.size(-1)) for part in logits]
-    targets = [part.reshape(-1) for part in ids[..., 1:].split(PIECE, dim=1)]
-    losses = [F.cross_entropy(part, target, reduction="none") for part, target in zip(pieces, targets, strict=False)]
-    loss = torch.cat(losses).mean()
-    live.claim_live("activations")
-    live.place = Place("backward")
-    (loss / 128).backward()  # type: ignore[no-untyped-call]
+class _Loop:
+    """The training loop's variables, which outlive each micro-step."""
+
+    def __init__(self, model: LitModel, live: LiveBytes) -> None:
+        self._model, self._live = model, live
+        self._logits: list[Tensor] = []
+        self._loss: Tensor | None = None
+
+    def micro_step(self, rows: int, length: int) -> None:
+        """Adds the gradients of so many rows of so many tokens."""
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        self._live.place = Place("forward")
+        self._logits = self._model(ids, piece=PIECE)
+        self._logits[-1] = self._logits[-1][..., :-1, :]
+        self._loss = self._loss_of(ids[..., 1:])
+        self._live.claim_live("activations")
+        self._live.place = Place("backward")
+        (self._loss / 128).backward()  # type: ignore[no-untyped-call]
+
+    def _loss_of(self, targets: Tensor) -> Tensor:
+        pieces = [part.reshape(-1, part.size(-1)) for part in self._logits]
+        losses = [
+            F.cross_entropy(part, target.reshape(-1), reduction="none")
+            for part, target in zip(pieces, targets.split(PIECE, dim=1), strict=False)
+        ]
+        return torch.cat(losses).mean()
 
 
 def _fake(kind: type[LitModel], shape: LitShape, packing: Packing | None, tuning: Tuning, longest: int) -> LitModel:
