@@ -1,8 +1,7 @@
 """One training step, or the generation of a few tokens, as lit-gpt took it, on fake tensors: what is alive when.
 
 A step is one or more micro-steps that add up gradients, then the optimizer's update. Gradients are not clipped. The
-loss is computed for 128 tokens at a time from logits in float32. Counted as CUDA counts, with the two workspaces of
-cuBLAS (the forward pass and autograd's thread have one each).
+loss is computed for 128 tokens at a time from logits in float32.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ from lora_lab.predict.styles.lit_attention import RootMeanSquareNorm
 from lora_lab.predict.styles.lit_linear import PackedLinear, Packing, Tuning
 from lora_lab.predict.styles.lit_model import LitModel
 from lora_lab.predict.styles.lit_shapes import LitShape
+from lora_lab.train.places import placed
 
 LitOptimizer = Literal["adamw", "paged_adamw", "sgd", "sgd_momentum"]
 
 # Tokens whose logits are computed at once in training.
 PIECE = 128
-# What cuBLAS is given on devices before Hopper: 2 * 4096 KiB + 8 * 16 KiB (torch's default of CUBLAS_WORKSPACE_CONFIG).
-WORKSPACE_BYTES = (2 * 4096 + 8 * 16) * 1024
 # bitsandbytes keeps states in managed memory from this size on; smaller ones are ordinary tensors.
 PAGED_ELEMENTS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class LitRun:
-    """length: tokens of every row of the micro-batch, as they are padded to the longest.
+    """length: tokens of every row of the longest micro-batch, as they are padded.
 
-    first: the longest row comes with the very first micro-step, when there are neither gradients nor optimizer states
-    (lit-gpt of 2023 puts it there); else it comes when there are. before: tokens of each row of the micro-batch before
-    it. The loop's variables hold its logits and its loss until they are assigned anew, and with them what 4-bit layers
+    first: it comes with the very first micro-step, when there are neither gradients nor optimizer states (lit-gpt of
+    2023 puts the longest row there); else later, when there are states. accumulates: a step has several micro-steps, so
+    that later there are gradients too. before: tokens of each row of the micro-batch before it, 0 for none. The loop's
+    variables hold the logits and the loss of that one until they are assigned anew, and with them what 4-bit layers
     kept: autograd releases what is saved in its way, but not what a function keeps as an attribute.
     """
 
@@ -51,21 +50,21 @@ class LitRun:
     micro_batch: int
     length: int
     first: bool
-    before: int = 0
+    accumulates: bool
+    before: int
 
 
-def training_timeline(run: LitRun) -> Timeline:
-    """The micro-step with the longest rows, then the update."""
-    model = _fake(LitModel, run.shape, run.packing, run.tuning, run.length)
+def training_timeline(run: LitRun, *, block_bytes: int = CUDA_BLOCK_BYTES) -> Timeline:
+    """The micro-step with the longest rows, the one before it, and the update. Sizes in multiples of block_bytes."""
+    model = fake_model(run.shape, run.packing, run.tuning, run.length)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(run.optimizer, trained)
     if not run.first:
         _add_gradients(trained)
         _update(optimizer, run.optimizer, trained)
-        _add_gradients(trained)
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-    with _recorded(model, states, gradients) as live:
+        if run.accumulates:
+            _add_gradients(trained)
+    with _recorded(model, _states(optimizer), block_bytes) as live, placed(list(model.h), live):
         loop = _Loop(model, live)
         if run.before:
             loop.micro_step(run.micro_batch, run.before)
@@ -73,14 +72,14 @@ def training_timeline(run: LitRun) -> Timeline:
         live.claim("gradients", [parameter.grad for parameter in trained if parameter.grad is not None])
         live.place = Place("update")
         _update(optimizer, run.optimizer, trained)
-        live.claim("optimizer_state", [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)])
+        live.claim("optimizer_state", _states(optimizer))
     return live.timeline()
 
 
 def generation_timeline(shape: LitShape, packing: Packing | None, *, prompt: int, new: int) -> Timeline:
     """A prompt of so many tokens, and the first two of `new` tokens after it; room is made for all of them."""
-    model = _fake(LitModel, shape, packing, Tuning("none"), prompt + new)
-    with _recorded(model, [], []) as live, torch.no_grad():
+    model = fake_model(shape, packing, Tuning("none"), prompt + new)
+    with _recorded(model, [], CUDA_BLOCK_BYTES) as live, placed(list(model.h), live), torch.no_grad():
         live.place = Place("forward")
         model.keep_keys(prompt + new)
         place = torch.arange(prompt)
@@ -89,17 +88,6 @@ def generation_timeline(shape: LitShape, packing: Packing | None, *, prompt: int
             torch.softmax(logits[0, -1] / 0.8, dim=-1)
             place = place[-1:] + 1
     return live.timeline()
-
-
-def trained_parameters(shape: LitShape, packing: Packing | None, tuning: Tuning) -> int:
-    """How many numbers are trained."""
-    model = _fake(LitModel, shape, packing, tuning, 1)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _add_gradients(trained: list[nn.Parameter]) -> None:
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
 
 
 class _Loop:
@@ -130,13 +118,13 @@ class _Loop:
         return torch.cat(losses).mean()
 
 
-def _fake(kind: type[LitModel], shape: LitShape, packing: Packing | None, tuning: Tuning, longest: int) -> LitModel:
+def fake_model(shape: LitShape, packing: Packing | None, tuning: Tuning, longest: int) -> LitModel:
     """The model in bfloat16 on fake tensors; only what `tuning` trains has gradients."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            model = kind(shape, packing, tuning, longest)
+            model = LitModel(shape, packing, tuning, longest)
     finally:
         torch.set_default_dtype(before)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -182,19 +170,25 @@ def _update(optimizer: torch.optim.Optimizer, kind: LitOptimizer, trained: list[
     optimizer.zero_grad()
 
 
+def _add_gradients(trained: list[nn.Parameter]) -> None:
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
 @contextmanager
-def _recorded(model: LitModel, states: list[Tensor], gradients: list[Tensor]) -> Iterator[LiveBytes]:
+def _recorded(model: LitModel, states: list[Tensor], block_bytes: int) -> Iterator[LiveBytes]:
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    constants = [buffer for module in packed for buffer in module.buffers()]
-    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    workspaces = [torch.empty(WORKSPACE_BYTES, dtype=torch.uint8) for _ in range(2)]
+    parameters = list(model.parameters())
     known = {
-        "quantization_constants": constants,
-        "adapter": adapter,
-        "weights": [*model.parameters(), *model.buffers()],
-        "gradients": gradients,
+        "quantization_constants": [buffer for module in packed for buffer in module.buffers()],
+        "adapter": [parameter for parameter in parameters if parameter.requires_grad],
+        "weights": [*parameters, *model.buffers()],
+        "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
         "optimizer_state": states,
-        "temporary": workspaces,
     }
-    with LiveBytes(known, block_bytes=CUDA_BLOCK_BYTES) as live:
+    with LiveBytes(known, block_bytes=block_bytes) as live:
         yield live
