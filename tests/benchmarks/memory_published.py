@@ -89,14 +89,14 @@ def lisa_arithmetic() -> list[str]:
     lora = rank * (shape.layers * sum(map(sum, products)) + 2 * (shape.rows + shape.hidden))
     # Gradients and two states in bf16; LoRA's own weights too.
     totals = {"LISA, 2 layers": weights + 6 * lisa, "LoRA, rank 128": weights + 8 * lora}
-    lines = [f"Llama-2-70B in bf16: weights {weights / GIGABYTE:.1f} GB; after a step, before any activation, over all GPUs:"]
+    lines = [f"Llama-2-70B in bf16: weights {weights / GIGABYTE:.1f} GB; weights, gradients and states on all GPUs:"]
     for (name, total), published in zip(totals.items(), (75, 79), strict=True):
         lines.append(
             f"  {name}: {total / GIGABYTE:.1f} GB ({total / 4 / GIGABYTE:.1f} on each of four); published {published}"
         )
     lines.append(
-        "  Neither the sum nor a quarter is what was published. The two methods differ by less than 1 GB in weights, gradients and"
-        " states; what is left between them is activations, which the script (memory_allocated() after a step) does not see."
+        "  Neither the sum nor a quarter of it was published. In these the two methods differ by less than 1 GB; what is"
+        " left between them is activations, which memory_allocated() after a step does not see."
     )
     return lines
 
@@ -125,7 +125,8 @@ def main() -> None:
 def _line(one: dict[str, Any]) -> str:
     text = (
         f"{one['model'][:22]:<22} {one['method'][:10]:<10} {one['rank']:>4} {one['targets'][:14]:<14} "
-        f"{one['quantization'][:10]:<10} mb {one['micro_batch'][:1]:<1} {one['seq_len'][:6]:<6} {one['published_peak_gb'][:6]:>6} "
+        f"{one['quantization'][:10]:<10} mb {one['micro_batch'][:1]:<1} {one['seq_len'][:6]:<6} "
+        f"{one['published_peak_gb'][:6]:>6} "
         f"{one['predicted_gb']:7.2f}"
     )
     if "agrees" in one:
@@ -138,7 +139,8 @@ def _told(summary: dict[str, Any], excluded: list[dict[str, Any]]) -> list[str]:
     reasons = Counter(one["why"] for one in excluded)
     return [
         f"{summary['rows']} rows: median absolute error {summary['median_absolute_error_percent']:.2f} %, largest "
-        f"{summary['largest_absolute_error_percent']:.1f} %, {100 * summary['share_within_8_percent']:.0f} % within 8 %",
+        f"{summary['largest_absolute_error_percent']:.1f} %, "
+        f"{100 * summary['share_within_8_percent']:.0f} % within 8 %",
         f"ran out of 40 GB: {summary['out_of_memory_predicted']} of {summary['out_of_memory_rows']} rows predicted to",
         f"left out, {len(excluded)} rows:",
         *(f"  {count:>3}  {why}" for why, count in reasons.most_common()),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_lab.plan.timeline import Timeline
@@ -133,7 +133,7 @@ def _hub(values: Mapping[str, str]) -> Traced | str:
         accumulates=True,
         before=_HUB_LENGTH,
     )
-    return Traced(run, "rows are cut at 512 tokens; somewhere in four epochs two such micro-batches follow each other", {})
+    return Traced(run, "rows are cut at 512 tokens; in all epochs two such micro-batches meet", {})
 
 
 def _raschka(values: Mapping[str, str]) -> Traced | str:
@@ -147,11 +147,10 @@ def _raschka(values: Mapping[str, str]) -> Traced | str:
         # LIMA has several rows that are cut at 2048 tokens, so one comes when there are gradients.
         later = _changed(run, first=False, before=0)
         readings = {"first of all": run, "after another of 2048": _changed(later, before=2048)}
-        return Traced(later, "a cut row after the first step, whatever came before it left out: a lower bound", readings)
+        return Traced(later, "a cut row after the first step, without what came before it: a lower bound", readings)
     if "not stated" in values["targets"]:
-        return Traced(
-            run, "all linear layers, as the runs around it", {"query and value": _changed(run, tuning=_lora(256, _QUERY_VALUE))}
-        )
+        other = {"query and value": _changed(run, tuning=_lora(256, _QUERY_VALUE))}
+        return Traced(run, "all linear layers, as the runs around it", other)
     return Traced(run, "the longest row comes first", {})
 
 
@@ -176,8 +175,6 @@ def _lora(rank: int, targets: frozenset[str]) -> Tuning:
 
 
 def _changed(run: LitRun, **fields: object) -> LitRun:
-    from dataclasses import replace
-
     return replace(run, **fields)  # type: ignore[arg-type]
 
 
@@ -192,7 +189,7 @@ _OTHERS = {
     "torchtune tutorial": "unknown set-up: version, checkpointing and longest rows of the run; reserved, not allocated",
     "torchtune QLoRA tutorial": "unknown set-up: version, checkpointing and longest rows of the run; reserved",
     "torchtune README (": "unknown set-up: which of its options were on; compiled",
-    "torchtune README optimization": "a step that is not traced: torchtune's, most rows compiled, in the backward, or off-loaded",
+    "torchtune README optimization": "a step that is not traced: torchtune's, most rows compiled or off-loaded",
     "LISA Table 1 protocol": "read from one step of its own script, by memory_allocated() and not the peak; see below",
     "LISA Table 1": "unverified: the table was not found as text",
     "Soup independent": "unknown set-up: lengths of the rows",

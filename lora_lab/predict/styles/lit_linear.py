@@ -1,4 +1,4 @@
-"""Linear layers that keep what lit-gpt's kept: plain, packed to four bits as bitsandbytes 0.41 did, and with adapters."""
+"""Linear layers that keep what lit-gpt's kept: plain, packed in four bits by bitsandbytes 0.41, and with adapters."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ class ScaledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]."""
-        return self.adapter_scale * (self.linear(x) + self.adapter_bias)
+        output: Tensor = self.adapter_scale * (self.linear(x) + self.adapter_bias)
+        return output
 
 
 class AdaptedLinear(nn.Module):
@@ -148,7 +149,7 @@ class AdaptedJointLinear(nn.Module):
     def _convolved(self, down: Tensor, weight: Tensor) -> Tensor:
         if self.equal:
             return F.conv1d(down, weight, groups=len(self.adapted))
-        parts = zip(down.chunk(len(self.adapted), dim=1), weight.split(self.adapted), strict=True)
+        parts = zip(down.chunk(len(self.adapted), dim=1), torch.split(weight, self.adapted), strict=True)
         return torch.cat([F.conv1d(part, its_weight) for part, its_weight in parts], dim=1)
 
     def _spread(self, up: Tensor) -> Tensor:

@@ -55,12 +55,12 @@ class Block(nn.Module):
         attended = self.attn(normed, cos, sin, place, mask)
         if self.parallel:
             second = normed if self.norm_2 is None else self.norm_2(x)
-            x = x + attended + self.mlp(second)
-            return x
+            joint: Tensor = x + attended + self.mlp(second)
+            return joint
         x = x + attended
         assert self.norm_2 is not None  # one norm for both is only met in parallel blocks
-        x = x + self.mlp(self.norm_2(x))
-        return x
+        output: Tensor = x + self.mlp(self.norm_2(x))
+        return output
 
 
 class LitModel(nn.Module):
@@ -99,13 +99,14 @@ class LitModel(nn.Module):
     def keep_keys(self, tokens: int) -> None:
         """Makes room for the keys and values of so many tokens, and the mask among them."""
         for block in self.h:
+            assert isinstance(block, Block)
             block.attn.kept = KeptKeys(self.shape, tokens, self.wte.weight)
         ones = self.cos.new_ones((tokens, tokens), dtype=torch.bool)
         self.mask = torch.tril(ones).unsqueeze(0).unsqueeze(0)
 
     def _pieces(self, ids: Tensor, piece: int) -> list[Tensor]:
         hidden = self._hidden(ids, self.cos[: ids.size(1)], self.sin[: ids.size(1)], None, None)
-        return [self.lm_head(part) for part in hidden.split(piece, dim=1)]
+        return [self.lm_head(part) for part in torch.split(hidden, piece, dim=1)]
 
     def _hidden(self, ids: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, mask: Tensor | None) -> Tensor:
         x = self.wte(ids)

@@ -16,10 +16,10 @@ Mlp = Literal["gated_silu", "gated_gelu", "plain"]
 
 @dataclass(frozen=True, slots=True)
 class LitShape:
-    """rows: of the embedding and of the head, the vocabulary as it is padded. rotary: the part of a head that is rotated.
+    """rows: of the embedding and of the head, the vocabulary as it is padded. rotary: the rotated part of a head.
 
-    parallel: attention and MLP both read the block's input; one_norm: even through the same norm. bias: of every product
-    in a block; joint_bias: only of queries, keys and values. scaled: embeddings are multiplied by a constant.
+    parallel: attention and MLP both read the block's input; one_norm: even through the same norm. bias: of every
+    product in a block; joint_bias: only of queries, keys and values. scaled: embeddings are multiplied by a constant.
     """
 
     layers: int
@@ -80,7 +80,9 @@ def _gemma(layers: int, hidden: int, heads: int, intermediate: int, *, groups: i
     )
 
 
-def _neox(layers: int, hidden: int, heads: int, rows: int, *, rotary: float, one_norm: bool, groups: int = 0) -> LitShape:
+def _neox(
+    layers: int, hidden: int, heads: int, rows: int, *, rotary: float, one_norm: bool, groups: int = 0
+) -> LitShape:
     return LitShape(
         layers=layers,
         hidden=hidden,

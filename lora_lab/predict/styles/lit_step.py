@@ -113,7 +113,7 @@ class _Loop:
         pieces = [part.reshape(-1, part.size(-1)) for part in self._logits]
         losses = [
             F.cross_entropy(part, target.reshape(-1), reduction="none")
-            for part, target in zip(pieces, targets.split(PIECE, dim=1), strict=False)
+            for part, target in zip(pieces, torch.split(targets, PIECE, dim=1), strict=False)
         ]
         return torch.cat(losses).mean()
 
@@ -183,7 +183,7 @@ def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _recorded(model: LitModel, states: list[Tensor], block_bytes: int) -> Iterator[LiveBytes]:
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     parameters = list(model.parameters())
-    known = {
+    known: dict[str, list[Tensor]] = {
         "quantization_constants": [buffer for module in packed for buffer in module.buffers()],
         "adapter": [parameter for parameter in parameters if parameter.requires_grad],
         "weights": [*parameters, *model.buffers()],

@@ -52,7 +52,7 @@ def run_of(trial: Trial, rows: LongestRows) -> LitRun:
     """What lit-gpt is asked for; raises as `litgpt_step` does."""
     training = trial.training
     if training.precision != "bf16":
-        raise Unpredictable(f"precision {training.precision}: the step of lit-gpt is traced in bf16 (its bf16-true) only")
+        raise Unpredictable(f"precision {training.precision}: the step of lit-gpt is traced in bf16 only")
     if training.gradient_checkpointing != "off":
         raise Unpredictable("gradient checkpointing: lit-gpt has none on one GPU")
     micro_batch = min(training.micro_batch_size, len(rows.lengths))
