@@ -22,7 +22,7 @@ from lora_lab.predict.depths import with_workspaces
 from lora_lab.predict.styles.lit_linear import Packing
 from lora_lab.predict.styles.lit_shapes import PUBLISHED
 from lora_lab.predict.styles.lit_step import LitRun
-from tests.benchmarks.published_rows import Row, Traced, rows_of, timeline_of, traced
+from tests.benchmarks.published_rows import Row, Traced, hub_rows, rows_of, timeline_of, traced
 
 TABLE = Path(__file__).resolve().parents[3] / "shared" / "findings" / "memory_table.csv"
 GIGABYTE = 1e9
@@ -95,7 +95,7 @@ def lisa_arithmetic() -> list[str]:
             f"  {name}: {total / GIGABYTE:.1f} GB ({total / 4 / GIGABYTE:.1f} on each of four); published {published}"
         )
     lines.append(
-        "  Neither the sum nor a quarter of it was published. In these the two methods differ by less than 1 GB; what is"
+        "  Neither the sum nor a quarter of it was published. In these the two differ by less than 1 GB; what is"
         " left between them is activations, which memory_allocated() after a step does not see."
     )
     return lines
@@ -110,13 +110,16 @@ def main() -> None:
     if not options.table.is_file():
         sys.exit(f"skipped: {options.table} is not there")
     results, excluded = [], []
+    planned = hub_rows()
     for row in rows_of(options.table):
         plan = traced(row)
         if isinstance(plan, str):
             excluded.append({"line": row.line, "model": row.values["model"], "source": row.source, "why": plan})
         else:
-            results.append(result_of(row, plan))
-            print(_line(results[-1]), flush=True)
+            planned.append((row, plan))
+    for row, known in planned:
+        results.append(result_of(row, known))
+        print(_line(results[-1]), flush=True)
     summary = summary_of(results)
     options.output.write_text(json.dumps({"summary": summary, "rows": results, "excluded": excluded}, indent=1))
     print(*_told(summary, excluded), *lisa_arithmetic(), sep="\n")

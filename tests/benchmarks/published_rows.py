@@ -15,6 +15,7 @@ from lora_lab.plan.timeline import Timeline
 from lora_lab.predict.styles.lit_linear import Packing, Tuning
 from lora_lab.predict.styles.lit_shapes import PUBLISHED
 from lora_lab.predict.styles.lit_step import LitRun, generation_timeline, training_timeline
+from tests.benchmarks.published_hub import HUB_ROWS
 
 MODELS = {
     "phi-1.5 1.3 B": "phi-1.5",
@@ -41,6 +42,7 @@ _PROMPT, _NEW, _NEW_OF_QUANTIZE = 6, 50, 256
 # lit-gpt's default (finetune/lora.py of that commit), and so in the config hub's files but for Gemma.
 _DROPOUT = 0.05
 _HUB_LENGTH = 512
+_HUB_NOTE = "rows are cut at 512 tokens; in all epochs two such micro-batches meet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,28 @@ def rows_of(path: Path) -> list[Row]:
             Row(line, values, _number(values["published_peak_gb"]))
             for line, values in enumerate(csv.DictReader(file), start=2)
         ]
+
+
+def hub_rows() -> list[tuple[Row, Traced]]:
+    """The rows of `published_hub`, each with what is traced for it."""
+    found = []
+    for one in HUB_ROWS:
+        values = {
+            "model": one.model,
+            "method": "LoRA" if one.quantization == "none" else "QLoRA",
+            "rank": str(one.rank),
+            "targets": one.targets,
+            "quantization": one.quantization,
+            "micro_batch": str(one.micro_batch),
+            "seq_len": str(_HUB_LENGTH),
+            "published_peak_gb": str(one.published),
+            "source": "LitGPT config hub at 967cfda1",
+        }
+        targets = _ALL if one.targets.startswith("all") else _QUERY_VALUE
+        tuning = Tuning("lora", one.rank, targets, one.dropout)
+        run = _hub_run(values, tuning, accumulates=one.steps_micro_batches > 1)
+        found.append((Row(0, values, one.published), Traced(run, _HUB_NOTE, {})))
+    return found
 
 
 def timeline_of(asked: LitRun | tuple[str, Packing | None, int]) -> Timeline:
@@ -121,19 +145,23 @@ def _hub(values: Mapping[str, str]) -> Traced | str:
         return f"several GPUs: {values['gpu']}"
     if not values["gpu"].startswith("1x"):
         return "the run of another row, on a machine with GPUs it does not use (its file says devices: 1)"
+    run = _hub_run(values, _lora(int(values["rank"]), _QUERY_VALUE), accumulates=True)
+    return Traced(run, _HUB_NOTE, {})
+
+
+def _hub_run(values: Mapping[str, str], tuning: Tuning, *, accumulates: bool) -> LitRun:
     packing = _PACKING[values["quantization"]]
-    run = LitRun(
+    return LitRun(
         shape=PUBLISHED[values["model"]],
         packing=packing,
-        tuning=_lora(int(values["rank"]), _QUERY_VALUE),
+        tuning=tuning,
         optimizer="adamw" if packing is None else "paged_adamw",
         micro_batch=int(float(values["micro_batch"])),
         length=_HUB_LENGTH,
         first=False,
-        accumulates=True,
+        accumulates=accumulates,
         before=_HUB_LENGTH,
     )
-    return Traced(run, "rows are cut at 512 tokens; in all epochs two such micro-batches meet", {})
 
 
 def _raschka(values: Mapping[str, str]) -> Traced | str:
