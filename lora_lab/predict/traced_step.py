@@ -68,17 +68,19 @@ def traced_step(trial: Trial, rows: LongestRows, config: Any, *, device_kind: De
     base_bytes = _rounded([*base.parameters(), *base.buffers(), *quantization_constants(base)], block)
     with _on_fakes(mode):
         attached = attach(shared_copy(base), trial, tokenizer=_WordsOfNoMeaning(), steps=_STEPS, has_values=False)
-    member = _member(trial, attached, rows, mode)
+    member = _member(trial, attached, rows, mode, device_kind)
     attached.model.train()
     forwards = _forward(trial, base, attached, member, longest=max(rows.lengths))
     with forwards as (forward, network, how), _LargeOnesFake(mode):
         step = probe_step(forward, attached.model, member, layers=decoder_layers(network), block_bytes=block)
-    paged = _paged_tensors(member.optimizer) if device_kind == "cuda" else []
+    paged = [state for state in state_tensors(member.optimizer) if getattr(state, "is_paged", False)]
     return TracedStep(step.timeline, count_parameters(attached.model), base_bytes, _rounded(paged, block), how)
 
 
 # Of the schedules that depend on it (AdaLoRA's budget) nothing is in a step's memory but that training has not ended.
 _STEPS = 1000
+# From this size on bitsandbytes pages a state, where that is asked for (`Optimizer8bit.get_state_buffer`).
+_PAGED_ELEMENTS = 100_000
 
 
 class _WordsOfNoMeaning:
@@ -96,7 +98,9 @@ def _on_fakes(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
-def _member(trial: Trial, attached: Attached, rows: LongestRows, mode: FakeTensorMode) -> Member:
+def _member(
+    trial: Trial, attached: Attached, rows: LongestRows, mode: FakeTensorMode, device_kind: DeviceKind
+) -> Member:
     kind = trial.method.groups[0] if isinstance(trial.method, Loramoe) else None
     examples = [
         Encoded((0,) * length, tuple(place >= length - counted for place in range(length)), cut=False, type=kind)
@@ -114,7 +118,7 @@ def _member(trial: Trial, attached: Attached, rows: LongestRows, mode: FakeTenso
 
     def build_on_fakes() -> torch.optim.Optimizer:
         member.optimizer = build()
-        _without_values(member.optimizer, mode)
+        _without_values(member.optimizer, mode, device_kind)
         return member.optimizer
 
     member.build_optimizer = build_on_fakes
@@ -155,27 +159,23 @@ class _LargeOnesFake(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         return math.prod(args[0])
 
 
-def _without_values(optimizer: Any, mode: FakeTensorMode) -> None:
-    """bitsandbytes makes its states on fake tensors, and updates nothing."""
+def _without_values(optimizer: Any, mode: FakeTensorMode, device_kind: DeviceKind) -> None:
+    """bitsandbytes makes its states on fake tensors, and updates nothing. On CUDA it pages large ones, where asked."""
     inner = getattr(optimizer, "inner", optimizer)
     if not hasattr(inner, "init_state"):
         return
-    make = inner.init_state
+    make, pages = inner.init_state, inner.is_paged and device_kind == "cuda"
 
-    def init_state(*place: Any) -> None:
+    def init_state(group: Any, parameter: Tensor, *place: Any) -> None:
         with mode:
-            make(*place)
+            make(group, parameter, *place)
+        states = [state for state in inner.state[parameter].values() if isinstance(state, Tensor)]
+        for state in states:
+            state.is_paged = pages and state.numel() >= _PAGED_ELEMENTS  # type: ignore[attr-defined]
 
     inner.init_state = init_state
     inner.update_step = lambda *_: None
-    inner.is_paged, inner.was_paged = False, inner.is_paged  # there is nothing to fetch
-
-
-def _paged_tensors(optimizer: Any) -> list[Tensor]:
-    """States that bitsandbytes pages on CUDA: those of at least 100,000 elements."""
-    inner = getattr(optimizer, "inner", optimizer)
-    states = state_tensors(optimizer) if getattr(inner, "was_paged", False) else []
-    return [state for state in states if state.numel() >= 100_000]
+    inner.is_paged = False  # there is nothing to fetch
 
 
 @contextlib.contextmanager
