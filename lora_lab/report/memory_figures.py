@@ -13,26 +13,32 @@ from lora_lab.report.figures import Figure, escaped, missing_figure
 from lora_lab.report.memory_words import part_title, percent_text
 from lora_lab.report.page_settings import BASE_COLOUR, PALETTE
 from lora_lab.report.text import bytes_text, clean
-from lora_lab.study.memory_course import Course, Phase, Span
+from lora_lab.study.memory_course import Course, Span
 from lora_lab.study.predicted_memory import PeakPair
 
 # One colour per part, in whatever figure of predicted memory it stands.
 PART_COLOURS = dict(zip(PARTS, PALETTE, strict=False))
-_MOST_LABELS = 40
-# A phase that is narrower than this share of the step, or a layer than that one, has no room for its name beside others.
+_MOST_LABELS = 24
+# A phase that is narrower than this share of the step has no room for its name beside the next one's.
 _NARROW = 0.12
 _LINE = {"color": BASE_COLOUR, "width": 1, "dash": "dot"}
 _LOG_FROM = 10.0  # largest peak divided by the smallest, from which on the axes are logarithmic
 
 
-def course_figure(course: Course) -> Figure:
-    """Live bytes over the events of a step as a stacked area, with phases, layers and the peak marked."""
+def course_figures(course: Course) -> dict[str, Figure]:
+    """The same figure from 0 and, since weights may dwarf all else, above what is there at every moment; by choice."""
+    lowest = [min(point.parts[index] for point in course.points) for index in range(len(PARTS))]
+    return {"all": _course_figure(course, [0] * len(PARTS)), "moving": _course_figure(course, lowest)}
+
+
+def _course_figure(course: Course, floors: Sequence[int]) -> Figure:
+    """Live bytes above `floors` (by part) over the events of a step as a stacked area; phases, layers, peak marked."""
     x = [point.position for point in course.points]
-    shown = [(index, part) for index, part in enumerate(PARTS) if any(point.parts[index] for point in course.points)]
+    heights = [[point.parts[index] - floor for point in course.points] for index, floor in enumerate(floors)]
     data: list[dict[str, Any]] = [
         {
             "x": x,
-            "y": [point.parts[index] for point in course.points],
+            "y": values,
             "name": part_title(part),
             "stackgroup": "live",
             "mode": "lines",
@@ -40,27 +46,30 @@ def course_figure(course: Course) -> Figure:
             "fillcolor": PART_COLOURS[part],
             "hovertemplate": part_title(part) + ": %{y:.4s}B<extra></extra>",
         }
-        for index, part in shown
+        for part, values in zip(PARTS, heights, strict=True)
+        if any(values)
     ]
+    floor = sum(floors)
     data.append(
         {
             "x": x,
-            "y": [point.total for point in course.points],
-            "customdata": [str(point.place) for point in course.points],
+            "y": [point.total - floor for point in course.points],
+            "customdata": [[str(point.place), bytes_text(point.total)] for point in course.points],
             "name": "all",
             "mode": "lines",
             "line": {"width": 0, "shape": "hv", "color": BASE_COLOUR},
             "showlegend": False,
-            "hovertemplate": "<b>%{y:.4s}B</b> in %{customdata}<extra></extra>",
+            "hovertemplate": "<b>%{customdata[1]}</b> in %{customdata[0]}<extra></extra>",
         }
     )
-    return {"data": [*data, _peak_mark(course)], "layout": _course_layout(course)}
+    title = f"live bytes above the {bytes_text(floor)} that are always there" if floor else "live bytes"
+    return {"data": [*data, _peak_mark(course, floor)], "layout": _course_layout(course, floor, title)}
 
 
-def _peak_mark(course: Course) -> dict[str, Any]:
+def _peak_mark(course: Course, floor: int) -> dict[str, Any]:
     return {
         "x": [course.peak.position],
-        "y": [course.peak.total],
+        "y": [course.peak.total - floor],
         "name": "peak",
         "mode": "markers",
         "marker": {"symbol": "circle-open", "size": 11, "color": BASE_COLOUR, "line": {"width": 2}},
@@ -69,7 +78,7 @@ def _peak_mark(course: Course) -> dict[str, Any]:
     }
 
 
-def _course_layout(course: Course) -> dict[str, Any]:
+def _course_layout(course: Course, floor: int, title: str) -> dict[str, Any]:
     ticks = _layer_ticks(course)
     return {
         "height": 520,
@@ -84,22 +93,22 @@ def _course_layout(course: Course) -> dict[str, Any]:
             "tickangle": 0,
             "showgrid": False,
         },
-        "yaxis": {"title": {"text": "live bytes"}, "tickformat": "~s", "ticksuffix": "B", "rangemode": "tozero"},
+        "yaxis": {"title": {"text": title}, "tickformat": "~s", "ticksuffix": "B", "rangemode": "tozero"},
         "legend": {"traceorder": "reversed"},
         "shapes": [
             {"type": "line", "x0": phase.first, "x1": phase.first, "y0": 0, "y1": 1, "yref": "paper", "line": _LINE}
             for phase in course.phases
         ],
-        "annotations": [_peak_label(course), *_phase_labels(course)],
+        "annotations": [_peak_label(course, floor), *_phase_labels(course)],
     }
 
 
-def _peak_label(course: Course) -> dict[str, Any]:
+def _peak_label(course: Course, floor: int) -> dict[str, Any]:
     is_right = course.peak.position > course.events / 2
     return {
         "x": course.peak.position,
-        "y": course.peak.total,
-        "text": f"<b>peak {bytes_text(course.peak.total)}</b>, {course.peak.place}",
+        "y": course.peak.total - floor,
+        "text": f"<b>peak {bytes_text(course.peak.total)}</b>, {escaped(clean(str(course.peak.place)))}",
         "showarrow": False,
         "xanchor": "right" if is_right else "left",
         "yanchor": "bottom",
@@ -112,7 +121,7 @@ def _phase_labels(course: Course) -> list[dict[str, Any]]:
     labels = []
     level = 0
     for phase in course.phases:
-        level = level + 1 if _is_narrow(phase, course) else 0
+        level = level + 1 if phase.last - phase.first < _NARROW * course.events else 0
         is_last = phase.first > 0.8 * course.events
         labels.append(
             {
@@ -127,10 +136,6 @@ def _phase_labels(course: Course) -> list[dict[str, Any]]:
             }
         )
     return labels
-
-
-def _is_narrow(phase: Phase, course: Course) -> bool:
-    return phase.last - phase.first < _NARROW * course.events
 
 
 def _layer_ticks(course: Course) -> list[tuple[float, str]]:

@@ -10,7 +10,7 @@ from lora_lab.plan.prediction import Prediction
 from lora_lab.plan.timeline import PARTS, Timeline
 from lora_lab.record.atomic import write_text
 from lora_lab.record.environment import utc_now
-from lora_lab.report.memory_figures import PART_COLOURS, course_figure
+from lora_lab.report.memory_figures import PART_COLOURS, course_figures
 from lora_lab.report.memory_words import part_title, prediction_facts, prediction_sentence
 from lora_lab.report.self_contained import rendered
 from lora_lab.report.text import bytes_text, clean
@@ -47,7 +47,7 @@ def draw_memory_page(timeline: Timeline, prediction: Prediction, *, title: str) 
         "is_other": dict(prediction.parts) != drawn,
         "alive": [
             {
-                "place": str(one.place),
+                "place": one.where,
                 "part": part_title(one.part),
                 "colour": PART_COLOURS[one.part],
                 "storages": one.storages,
@@ -62,13 +62,13 @@ def draw_memory_page(timeline: Timeline, prediction: Prediction, *, title: str) 
         "notes": [clean(note) for note in prediction.notes],
         "drawn_at": utc_now()[:16].replace("T", " ") + " UTC",
     }
-    return rendered("memory.html.j2", page, {"figures-timeline": {"": course_figure(course)}})
+    return rendered("memory.html.j2", page, {"figures-timeline": course_figures(course)})
 
 
 def _legend(course: Course) -> str:
     told = f"Live bytes after each of the {course.events:,} times that a tensor's memory comes alive or dies in a step."
-    if len(course.points) < course.events:
-        told += f" Of every {-(-course.events // len(course.points))} or so the largest moment is drawn."
+    if course.width > 1:
+        told += f" Of every {course.width} in a row the largest moment is drawn."
     return told + " A click on a name of the legend hides or shows it."
 
 

@@ -48,16 +48,15 @@ def error_sentence(predicted: PredictedMemory) -> str | None:
     largest = predicted.largest
     if largest is None or predicted.median_error is None:
         return None
-    count, size = len(predicted.pairs), f"{100 * predicted.median_error:.2f} %"
+    count, without = len(predicted.pairs), predicted.without
     at = f"{percent_text(largest.peaks.error)} ({clean(largest.name)})"
     if count == 1:
         told = f"In the one run that has both, the predicted peak is off by {at}"
     else:
-        told = f"Over {count} runs that have both, the median absolute error of the predicted peak is {size}, the largest {at}"
-    without = predicted.without
-    return told + (
-        f"; {without} other trained run{' lacks' if without == 1 else 's lack'} one of the two." if without else "."
-    )
+        median = f"{100 * predicted.median_error:.2f} %"
+        told = f"Over {count} runs with both, the predicted peak is off by {median} in the median, at most by {at}"
+    others = f"{without} other trained run{' lacks' if without == 1 else 's lack'}"
+    return told + (f"; {others} one of the two." if without else ".")
 
 
 def prediction_sentence(prediction: Prediction) -> str:

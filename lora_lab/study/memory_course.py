@@ -45,25 +45,35 @@ class Phase(NamedTuple):
 
 
 class Alive(NamedTuple):
-    """Storages that are alive at the peak and came alive at one place as one part: how many, and bytes."""
+    """Storages that are alive at the peak, came alive at one place, or at the same in each of several layers in a row
+    (`last_layer`), and are one part: how many, and bytes."""
 
     place: Place
+    last_layer: int | None
     part: str
     storages: int
     total_bytes: int
     largest_bytes: int
 
+    @property
+    def where(self) -> str:
+        """The place in words: `forward, layers 1 to 31`."""
+        if self.last_layer is None or self.last_layer == self.place.layer:
+            return str(self.place)
+        return f"{self.place.phase}, layers {self.place.layer} to {self.last_layer}"
+
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """points: ascending positions, the first and the last moment among them. spans: in the order of their first events.
-    events: how many of them there are after the beginning."""
+    """points: ascending positions, the first and the last moment among them; of every `width` events between them there
+    is one. spans: in the order of their first events. events: how many of them there are after the beginning."""
 
     points: tuple[Point, ...]
     spans: tuple[Span, ...]
     phases: tuple[Phase, ...]
     peak: Point
     events: int
+    width: int
 
 
 def course_of(timeline: Timeline, *, most_points: int) -> Course:
@@ -80,7 +90,7 @@ def course_of(timeline: Timeline, *, most_points: int) -> Course:
     points = list(_largest(_points(timeline, start), width))
     spans, phases = _spans(timeline, start)
     peak = max(points, key=lambda point: point.total)  # the earliest of equal ones
-    return Course(tuple(points), spans, phases, peak, count)
+    return Course(tuple(points), spans, phases, peak, count, width)
 
 
 def _points(timeline: Timeline, start: int) -> Iterator[Point]:
@@ -126,12 +136,32 @@ def _spans(timeline: Timeline, start: int) -> tuple[tuple[Span, ...], tuple[Phas
 
 
 def alive_at_peak(timeline: Timeline) -> list[Alive]:
-    """What is alive at the largest moment, by place of birth and part, most bytes first."""
+    """What is alive at the largest moment, by place of birth and part, most bytes first. Layers that follow each other
+    and have equally many storages of the same sizes are told as one."""
     groups: dict[tuple[Place, str], list[int]] = {}
     for storage, (place, size) in _alive(timeline).items():
         groups.setdefault((place, timeline.parts.get(storage, "temporary")), []).append(size)
-    found = [Alive(place, part, len(sizes), sum(sizes), max(sizes)) for (place, part), sizes in groups.items()]
+    found: list[Alive] = []
+    sizes_before: list[int] = []
+    for (place, part), sizes in sorted(groups.items(), key=lambda item: _by_layer(*item[0])):
+        sizes.sort()
+        before = found[-1] if found else None
+        if before is not None and sizes == sizes_before and _follows(place, part, before):
+            both = before.storages + len(sizes), before.total_bytes + sum(sizes), max(sizes)
+            found[-1] = Alive(before.place, place.layer, part, *both)
+        else:
+            found.append(Alive(place, place.layer, part, len(sizes), sum(sizes), max(sizes)))
+        sizes_before = sizes
     return sorted(found, key=lambda one: -one.total_bytes)
+
+
+def _by_layer(place: Place, part: str) -> tuple[str, str, bool, int]:
+    return place.phase, part, place.after, -1 if place.layer is None else place.layer
+
+
+def _follows(place: Place, part: str, before: Alive) -> bool:
+    is_next = place.layer is not None and before.last_layer is not None and place.layer == before.last_layer + 1
+    return is_next and (place.phase, part) == (before.place.phase, before.part)
 
 
 def _alive(timeline: Timeline) -> dict[int, tuple[Place, int]]:
