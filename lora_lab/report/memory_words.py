@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_lab.plan.prediction import Prediction
 from lora_lab.record.cohort_facts import why_missing
-from lora_lab.record.predicted_peak import PEAK, peaks_of
+from lora_lab.record.predicted_peak import PEAK, TRAINED, peaks_of
 from lora_lab.record.result import Result
 from lora_lab.report.text import bytes_text, clean
 from lora_lab.study.predicted_memory import PredictedMemory
@@ -38,8 +38,8 @@ def peak_sentence(result: Result) -> str | None:
     if peaks is not None:
         return f"{told}, measured {bytes_text(peaks.measured)}, {percent_text(peaks.error)}"
     if PEAK in result.measurements:
-        shown = bytes_text(result.measurements[PEAK])
-        return f"{told}; the measured {shown} are not comparable, since the run did not have its own peak"
+        why = "it is not the run's own" if result.status in TRAINED else f"the run ended {result.status}"
+        return f"{told}; measured {bytes_text(result.measurements[PEAK])}, which cannot be compared: {why}"
     return f"{told}; not measured: {clean(why_missing(result, PEAK))}"
 
 
