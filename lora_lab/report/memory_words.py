@@ -51,10 +51,12 @@ def error_sentence(predicted: PredictedMemory) -> str | None:
     count, without = len(predicted.pairs), predicted.without
     at = f"{percent_text(largest.peaks.error)} ({clean(largest.name)})"
     if count == 1:
-        told = f"In the one run that has both, the predicted peak is off by {at}"
+        told = f"In the one run that has a predicted and a measured peak, the error is {at}"
     else:
-        median = f"{100 * predicted.median_error:.2f} %"
-        told = f"Over {count} runs with both, the predicted peak is off by {median} in the median, at most by {at}"
+        told = (
+            f"Over {count} runs that have a predicted and a measured peak, the median absolute error is "
+            f"{100 * predicted.median_error:.2f} %, the largest error {at}"
+        )
     others = f"{without} other trained run{' lacks' if without == 1 else 's lack'}"
     return told + (f"; {others} one of the two." if without else ".")
 

@@ -42,7 +42,8 @@ def test_errors_are_fractions_of_what_was_measured() -> None:
     assert found.median_error == pytest.approx(0.015), "of absolute errors: 0, 0.01, 0.02, 0.05"
     assert found.largest is not None and found.largest.name == "lora-r8-s2"
     assert error_sentence(found) == (
-        "Over 4 runs with both, the predicted peak is off by 1.50 % in the median, at most by -5.0 % (lora-r8-s2)."
+        "Over 4 runs that have a predicted and a measured peak, the median absolute error is 1.50 %, "
+        "the largest error -5.0 % (lora-r8-s2)."
     )
     told = found.to_json()
     assert (told["count"], told["without"], told["largest_error"]) == (4, 0, pytest.approx(-0.05))
@@ -188,8 +189,8 @@ def test_page_and_json_tell_the_same_of_a_ledger(tmp_path: Path, capsys: pytest.
     add_run(tmp_path, trial_of(seed=3))
     page, findings, _ = drawn(tmp_path)
     assert [family.id for family in families(findings)][-1] == "predicted"
-    assert "Over 3 runs with both, the predicted peak is off by 1.00 % in the median" in page.text
-    assert "at most by -3.0 % (lora-r8-s1); 1 other trained run lacks one of the two." in page.text
+    assert "Over 3 runs that have a predicted and a measured peak, the median absolute error is 1.00 %" in page.text
+    assert "the largest error -3.0 % (lora-r8-s1); 1 other trained run lacks one of the two." in page.text
     assert len(page.blocks["figures-predicted"][""]["data"][1]["x"]) == 3
     first = findings.records[0].run_id
     assert page.blocks[f"run-data-{first}"]["memory"]["sentence"] == "Predicted 909 MB, measured 900 MB, +1.0 %."
