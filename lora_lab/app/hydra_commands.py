@@ -35,6 +35,7 @@ from lora_lab.app.hydra_settings import (
 )
 from lora_lab.app.interpolation import first_line
 from lora_lab.app.locations import conf_folder
+from lora_lab.app.own_flags import take_own_flags
 from lora_lab.app.planning import make_plan
 from lora_lab.app.request import gather, single
 from lora_lab.app.session import Session, activated, active_session
@@ -42,16 +43,15 @@ from lora_lab.errors import InputError, Problem
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`arguments`: the command's name, then Hydra's flags and overrides, and `--json`."""
-    command, *rest = arguments
-    as_json = "--json" in rest
-    rest = [argument for argument in rest if argument != "--json"]
+    """`arguments`: the command's name, then Hydra's flags and overrides, and the lab's own flags (`own_flags`)."""
+    command = arguments[0]
+    own, rest = take_own_flags(command, arguments[1:])
     flags = parse_flags(command, rest)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as exceptions; none is printed as a traceback
     if flags.help or flags.hydra_help or flags.info or flags.shell_completion:
         _run_hydra(command, rest)
         return 0
-    session = Session(functools.partial(carry_out, command=command, as_json=as_json))
+    session = Session(functools.partial(carry_out, command=command, own=own))
     texts = _prepare(session, flags)
     with activated(session):
         _run_hydra(command, [argument for argument in rest if argument not in flags.overrides] + texts)
