@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from lora_lab.app.own_flags import DEVICE, OwnFlags
 from lora_lab.errors import InputError, MachineError, Problem
-from lora_lab.plan.devices import CONTEXT_BYTES, DeviceMemory, device_memory
+from lora_lab.plan.devices import DeviceMemory, device_memory
 from lora_lab.plan.prediction import DeviceKind
 from lora_lab.record.environment import environment
 from lora_lab.schema.trial import Lab
@@ -39,6 +40,16 @@ def named_device(text: str, *, where: str) -> Against:
         raise InputError([Problem(where, problem.message) for problem in error.problems]) from None
 
 
+def device_problems(own: OwnFlags) -> list[Problem]:
+    """What is wrong with the value of `--device`."""
+    try:
+        if own.device is not None:
+            named_device(own.device, where=DEVICE)
+    except InputError as error:
+        return list(error.problems)
+    return []
+
+
 def whole_device(lab: Lab) -> Against:
     """All the memory of the device that a run of `lab` would have: the smallest, where there are several.
 
@@ -50,8 +61,11 @@ def whole_device(lab: Lab) -> Against:
     first, several = _own_devices(lab)
     if first.type == "cpu":
         return _cpu(psutil.virtual_memory().total, "all memory of this machine")
-    sizes = [torch.cuda.get_device_properties(one).total_memory for one in several if one.type == "cuda"]
-    return _cuda(torch.cuda.get_device_properties(first).name, min(sizes), CONTEXT_BYTES, "this machine")
+    found = [torch.cuda.get_device_properties(one) for one in several if one.type == "cuda"]
+    smallest = min(found, key=lambda one: one.total_memory)
+    total = int(smallest.total_memory)
+    alike = device_memory(f"{total / 2**30:.3f}GiB")
+    return Against(DeviceMemory(smallest.name, total, alike.context_bytes, f"this machine; {alike.source}"), "cuda")
 
 
 def free_device(lab: Lab, *, runs: int) -> Against:
@@ -73,7 +87,8 @@ def free_device(lab: Lab, *, runs: int) -> Against:
         return whole_device(lab)
     free, _ = torch.cuda.mem_get_info(first)
     # The context of this process is there by now, and not in what is free.
-    return _cuda(torch.cuda.get_device_properties(first).name, free, 0, "free on this machine now")
+    name = torch.cuda.get_device_properties(first).name
+    return Against(DeviceMemory(name, int(free), 0, "free on this machine now"), "cuda")
 
 
 def own_machine_id(lab: Lab) -> str:
@@ -97,7 +112,3 @@ def _own_devices(lab: Lab) -> tuple[torch.device, Sequence[torch.device]]:
 
 def _cpu(size: int, source: str) -> Against:
     return Against(DeviceMemory("this machine", int(size), 0, source), "cpu")
-
-
-def _cuda(name: str, size: int, context: int, source: str) -> Against:
-    return Against(DeviceMemory(name, int(size), context, source), "cuda")

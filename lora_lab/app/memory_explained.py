@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -11,8 +10,9 @@ from pathlib import Path
 
 from lora_lab.app.memory_predicted import Predictor
 from lora_lab.app.planning import Plan
+from lora_lab.plan.row import PlanRow
+from lora_lab.record.atomic import make_folder
 from lora_lab.record.ledger import run_id_of
-from lora_lab.report.memory_page import memory_bar, timeline_bar, write_memory_page
 from lora_lab.report.terminal_memory import MemoryRow
 
 _FOLDER = "plans"
@@ -25,3 +25,32 @@ class Drawing:
 
     path: Path
     text: str
+
+
+def explain(plan: Plan, rows: Mapping[tuple[str, int], MemoryRow], predictor: Predictor) -> dict[tuple[str, int], Drawing]:
+    """Traces every trial that could be predicted once more, in full depth, and writes its page; by fingerprint and repeat.
+
+    Raises:
+        MachineError: the disk refuses.
+    """
+    from lora_lab.report.memory_page import memory_bar, timeline_bar, write_memory_page
+
+    names = Counter(row.row.name for row in rows.values())
+    drawings = {}
+    for job in plan.jobs:
+        key = job.fingerprint, job.repeat
+        row = rows[key]
+        if row.prediction is None:
+            continue
+        timeline = predictor.timeline(job)
+        path = Path(plan.lab.root) / _FOLDER / f"{_file_name(row.row, is_only=names[row.row.name] == 1)}.html"
+        make_folder(path.parent)
+        write_memory_page(timeline, row.prediction, path, title=job.name)
+        drawings[key] = Drawing(path, f"{memory_bar(row.prediction)}\n{timeline_bar(timeline)}")
+    return drawings
+
+
+def _file_name(row: PlanRow, *, is_only: bool) -> str:
+    """The trial's name, with its id where it is not the only one of that name."""
+    name = _UNSAFE.sub("_", row.name)
+    return name if is_only else f"{name}-{run_id_of(row.fingerprint, row.repeat)}"

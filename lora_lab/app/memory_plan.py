@@ -91,7 +91,7 @@ def _memory_row(row: PlanRow, job: Job, against: Against, predictor: Predictor, 
     seconds, grounds = _time_of(job, row, speeds)
     if seconds is None:
         missing[SECONDS] = grounds
-    return MemoryRow(row, prediction, fit, seconds, missing)
+    return MemoryRow(row, prediction, fit, seconds, missing, None if seconds is None else grounds)
 
 
 def _time_of(job: Job, row: PlanRow, speeds: Speeds | str) -> tuple[float | None, str]:

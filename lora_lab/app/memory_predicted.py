@@ -69,11 +69,11 @@ class Predictor:
         except Unpredictable as error:
             return error.reason
 
-    def timeline(self, job: Job, rows: LongestRows) -> Timeline:
-        """The step in full depth; raises `predictor.Unpredictable`."""
-        from lora_lab.predict.predictor import trace
+    def timeline(self, job: Job) -> Timeline:
+        """The step of a trial that can be predicted, in full depth."""
+        from lora_lab.predict.predictor import rows_of, trace
 
-        return trace(job.trial, rows, device_kind=self.kind, style=self.style)
+        return trace(job.trial, rows_of(job, cache=self.cache), device_kind=self.kind, style=self.style)
 
 
 @contextlib.contextmanager

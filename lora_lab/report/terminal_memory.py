@@ -26,9 +26,10 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class MemoryRow:
-    """A line of a plan with what is predicted of it; all None for a duplicate. page: the file of its explanation.
+    """A line of a plan with what is predicted of it; all None for a duplicate.
 
-    missing: why something is None, under `prediction`, `fit` and `predicted_train_seconds`.
+    train_seconds: on this machine, whatever device the memory is of; grounds: what it rests on. page: the file of its
+    explanation. missing: why something is None, under `prediction`, `fit` and `predicted_train_seconds`.
     """
 
     row: PlanRow
@@ -36,6 +37,7 @@ class MemoryRow:
     fit: Fit | None
     train_seconds: float | None
     missing: Mapping[str, str]
+    grounds: str | None = None
     page: str | None = None
 
 
@@ -80,6 +82,7 @@ def memory_json(row: MemoryRow) -> dict[str, Any]:
             **({} if prediction is None else prediction.to_json()),
             "fit": None if row.fit is None else asdict(row.fit),
             SECONDS: row.train_seconds,
+            "predicted_train_seconds_by": row.grounds,
             "page": row.page,
             "missing": dict(row.missing),
         }
@@ -97,7 +100,7 @@ def _sizes(rows: Sequence[MemoryRow], kind: DeviceKind) -> Grid:
         Column("fits"),
         Column("largest micro-batch", is_number=True),
         Column("side by side", is_number=True),
-        Column("time", is_number=True, is_optional=True),
+        Column("time here", is_number=True, is_optional=True),
     )
     return Grid(columns, tuple(_size_cells(row, is_cuda) for row in rows))
 
@@ -165,6 +168,7 @@ def _grounds(rows: Sequence[MemoryRow]) -> list[str]:
     told = [(row.row.name, row.prediction) for row in rows if row.prediction is not None]
     lines = _by_text("row lengths", [(name, one.rows) for name, one in told])
     lines += _by_text("step", [(name, f"{one.style}, {one.how}") for name, one in told])
+    lines += _by_text("time here", [(row.row.name, row.grounds) for row in rows if row.grounds is not None])
     return lines + _by_text("note", [(name, note) for name, one in told for note in one.notes], out_of=len(told))
 
 
@@ -172,7 +176,7 @@ def _missing_lines(rows: Sequence[MemoryRow]) -> list[str]:
     def of(key: str) -> list[tuple[str, str]]:
         return [(row.row.name, row.missing[key]) for row in rows if key in row.missing]
 
-    titles = {"prediction": "not predicted", "fit": "not known whether it fits", SECONDS: "no time"}
+    titles = {"prediction": "not predicted", "fit": "not known whether it fits", SECONDS: "no time here"}
     return [line for key, title in titles.items() for line in _by_text(title, of(key), out_of=len(rows))]
 
 
