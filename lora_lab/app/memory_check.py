@@ -6,11 +6,13 @@ from lora_lab.app.memory_device import Against, free_device, named_device
 from lora_lab.app.memory_predicted import Predictor, progress_of
 from lora_lab.app.planning import Plan, cache_folder
 from lora_lab.errors import InputError, Problem
+from lora_lab.plan.fit import needed_bytes
 from lora_lab.plan.job import Job
 from lora_lab.plan.prediction import LongestRows, Prediction
 from lora_lab.report.text import bytes_text
 
 _MOST_TOLD = 10
+_NOTHING = "a smaller micro-batch, gradient checkpointing and an nf4 base, as far as they can be had here, would not do"
 _ANYWAY = "memory.on_overflow=try runs it anyway"
 
 
@@ -41,9 +43,7 @@ def refuse_what_does_not_fit(plan: Plan) -> None:
 
 def _new_jobs(plan: Plan) -> list[Job]:
     new = {(row.fingerprint, row.repeat) for row in plan.rows if row.state == "new"}
-    return [
-        job for job in plan.jobs if (job.fingerprint, job.repeat) in new and job.trial.method.kind != "base"
-    ]
+    return [job for job in plan.jobs if (job.fingerprint, job.repeat) in new and job.trial.method.kind != "base"]
 
 
 def _against(plan: Plan, runs: int) -> Against:
@@ -57,15 +57,10 @@ def _problems(job: Job, against: Against, predictor: Predictor, *, are_enough: b
     if isinstance(found, str):
         return []
     rows, prediction = found
-    if _needed_bytes(prediction, against) <= against.device.total_bytes:
+    if needed_bytes(prediction, against.device) <= against.device.total_bytes:
         return []
     closest = "" if are_enough else f"{_closest(job, rows, against, predictor)}; "
     return [Problem(job.name, f"{_needs(prediction, against)}; {closest}{_ANYWAY}")]
-
-
-def _needed_bytes(prediction: Prediction, against: Against) -> int:
-    reserved = prediction.peak_reserved_bytes
-    return (prediction.peak_allocated_bytes if reserved is None else reserved) + against.device.context_bytes
 
 
 def _needs(prediction: Prediction, against: Against) -> str:
@@ -75,9 +70,12 @@ def _needs(prediction: Prediction, against: Against) -> str:
         counted.append(f"{bytes_text(prediction.peak_reserved_bytes)} with what the allocator holds")
     if device.context_bytes:
         counted.append(f"{bytes_text(device.context_bytes)} of CUDA context beside it")
-    needed = bytes_text(_needed_bytes(prediction, against))
-    there = f"{device.name} has {bytes_text(device.total_bytes)} ({device.source})"
-    return f"is predicted not to fit: needs {needed} ({', '.join(counted)}); {there}"
+    needed = needed_bytes(prediction, device)
+    return (
+        f"is predicted not to fit: needs {bytes_text(needed)} ({', '.join(counted)}), "
+        f"{bytes_text(needed - device.total_bytes)} more than the {bytes_text(device.total_bytes)} of {device.name} "
+        f"({device.source})"
+    )
 
 
 def _closest(job: Job, rows: LongestRows, against: Against, predictor: Predictor) -> str:
@@ -85,4 +83,4 @@ def _closest(job: Job, rows: LongestRows, against: Against, predictor: Predictor
     if isinstance(suggestions, str):
         return f"what would fit is not known: {suggestions}"
     told = [f"{' '.join(one.overrides)} ({bytes_text(one.peak_bytes)})" for one in suggestions]
-    return f"closest that fit: {', or '.join(told)}" if told else "no smaller micro-batch, checkpointing or quantization fits"
+    return f"closest that fit: {', or '.join(told)}" if told else _NOTHING

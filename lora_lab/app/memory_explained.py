@@ -13,6 +13,8 @@ from lora_lab.app.planning import Plan
 from lora_lab.plan.row import PlanRow
 from lora_lab.record.atomic import make_folder
 from lora_lab.record.ledger import run_id_of
+from lora_lab.report.memory_page import write_memory_page
+from lora_lab.report.memory_text import memory_bar, timeline_bar
 from lora_lab.report.terminal_memory import MemoryRow
 
 _FOLDER = "plans"
@@ -21,20 +23,22 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._+=-]+")
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """path: of the page. text: the same for a terminal."""
+    """path: of the page. bars: the same in text, of the peak and of the step."""
 
     path: Path
-    text: str
+    bars: tuple[str, ...]
 
 
-def explain(plan: Plan, rows: Mapping[tuple[str, int], MemoryRow], predictor: Predictor) -> dict[tuple[str, int], Drawing]:
-    """Traces every trial that could be predicted once more, in full depth, and writes its page; by fingerprint and repeat.
+def explain(
+    plan: Plan, rows: Mapping[tuple[str, int], MemoryRow], predictor: Predictor, *, width: int
+) -> dict[tuple[str, int], Drawing]:
+    """Traces every trial that could be predicted once more, in full depth, and writes its page.
+
+    By fingerprint and repeat. width: of the bars, in characters.
 
     Raises:
         MachineError: the disk refuses.
     """
-    from lora_lab.report.memory_page import memory_bar, timeline_bar, write_memory_page
-
     names = Counter(row.row.name for row in rows.values())
     drawings = {}
     for job in plan.jobs:
@@ -46,7 +50,8 @@ def explain(plan: Plan, rows: Mapping[tuple[str, int], MemoryRow], predictor: Pr
         path = Path(plan.lab.root) / _FOLDER / f"{_file_name(row.row, is_only=names[row.row.name] == 1)}.html"
         make_folder(path.parent)
         write_memory_page(timeline, row.prediction, path, title=job.name)
-        drawings[key] = Drawing(path, f"{memory_bar(row.prediction)}\n{timeline_bar(timeline)}")
+        bars = (*memory_bar(row.prediction, width=width), "", *timeline_bar(timeline, width))
+        drawings[key] = Drawing(path, bars)
     return drawings
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from lora_lab.plan.job import Job
 from lora_lab.plan.prediction import Prediction
 from lora_lab.plan.row import PlanRow
 from lora_lab.record.ledger import Ledger
-from lora_lab.report.terminal_memory import SECONDS, MemoryPlan, MemoryRow, print_memory_plan
+from lora_lab.report.terminal_memory import SECONDS, MemoryPlan, MemoryRow, bar_width, print_drawing, print_memory_plan
 from lora_lab.schema.trial import Lab
 from lora_lab.study.predicted_time import Speeds
 
@@ -40,21 +39,26 @@ def plan_memory(plan: Plan, asked: OwnFlags) -> int:
     predictor = Predictor(against.kind, plan.lab.memory.style, cache_folder(plan.lab))
     speeds = _speeds(plan.lab)
     known: dict[tuple[str, int], MemoryRow] = {}
+    jobs = {(job.fingerprint, job.repeat): job for job in plan.jobs}
     originals = [row for row in plan.rows if row.state != "duplicate"]
     with progress_of(len(originals)) as advance:
-        for row, job in zip(originals, plan.jobs, strict=True):
-            known[row.fingerprint, row.repeat] = _memory_row(row, job, against, predictor, speeds)
+        for row in originals:
+            key = row.fingerprint, row.repeat
+            known[key] = _memory_row(row, jobs[key], against, predictor, speeds)
             advance()
-    drawings = explain(plan, known, predictor) if asked.explain else {}
+    drawings = explain(plan, known, predictor, width=bar_width()) if asked.explain else {}
     pages = {key: str(drawing.path) for key, drawing in drawings.items()}
     rows = tuple(_listed(row, known, pages) for row in plan.rows)
     print_memory_plan(MemoryPlan(rows, against.device, against.kind), as_json=asked.as_json)
-    for drawing in drawings.values():
-        print(drawing.text, file=sys.stderr if asked.as_json else sys.stdout)
+    for key, drawing in drawings.items():
+        if not asked.as_json:
+            print_drawing(known[key].row.name, drawing.bars, pages[key])
     return 0
 
 
-def _listed(row: PlanRow, known: Mapping[tuple[str, int], MemoryRow], pages: Mapping[tuple[str, int], str]) -> MemoryRow:
+def _listed(
+    row: PlanRow, known: Mapping[tuple[str, int], MemoryRow], pages: Mapping[tuple[str, int], str]
+) -> MemoryRow:
     if row.state == "duplicate":
         return MemoryRow(row, None, None, None, {})
     key = row.fingerprint, row.repeat

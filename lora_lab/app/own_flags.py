@@ -1,4 +1,4 @@
-"""The lab's own flags of `run` and `plan`, taken out before Hydra reads the rest: `--json`, and what asks for memory."""
+"""The lab's own flags of `run` and `plan`: `--json` and what asks for memory, taken out before Hydra reads the rest."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ OWN_FLAGS = (JSON, MEMORY, DEVICE, EXPLAIN)
 _OF_A_RUN = {
     MEMORY: "is of plan: lora-lab plan --memory ...; a run checks by itself whether it fits (memory.on_overflow)",
     EXPLAIN: "is of plan: lora-lab plan --memory --explain ...",
-    DEVICE: "is of plan --memory; a run goes to launch.device=cuda:0, and memory.device={device} checks whether it would "
-    "fit on that device",
+    DEVICE: "is of plan --memory; a run goes to launch.device=cuda:0, and memory.device={device} checks whether it "
+    "would fit on that device",
 }
 
 

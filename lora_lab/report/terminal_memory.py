@@ -1,4 +1,4 @@
-"""What `plan --memory` prints: what every trial is predicted to take, whether it fits, and what all of that rests on."""
+"""What `plan --memory` prints: what every trial is predicted to take, whether it fits, and what that rests on."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ PEAK = "predicted_peak_allocated_bytes"
 SECONDS = "predicted_train_seconds"
 _TITLES = {"quantization_constants": "constants", "optimizer_state": "optimizer"}
 _NAMED = 3
+_WIDEST = 100
 _GIB = 2**30
 
 
@@ -65,9 +66,21 @@ def print_memory_plan(plan: MemoryPlan, *, as_json: bool = False, stream: TextIO
     print_line(console, plan_counts([row.row for row in plan.rows]))
     for line in [*_device_lines(plan), *_grounds(shown), *_missing_lines(shown)]:
         print_line(console, line, style="dim")
-    for row in shown:
-        if row.page is not None:
-            print_line(console, f"page: {row.page}")
+
+
+def bar_width(stream: TextIO | None = None) -> int:
+    """Characters that a drawing may be wide."""
+    return min(console_for(stream).width - 2, _WIDEST)
+
+
+def print_drawing(name: str, bars: Sequence[str], page: str, *, stream: TextIO | None = None) -> None:
+    """A trial's step in text, and where its page is."""
+    console = console_for(stream)
+    print_line(console, "")
+    print_line(console, name, style="bold")
+    for line in bars:
+        print_line(console, line)
+    print_line(console, f"page: {page}")
 
 
 def memory_json(row: MemoryRow) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""`plan --memory` and the refusal of a run, with a predictor whose numbers are known: what is asked of it, shown, refused."""
+"""`plan --memory` and the refusal of a run, with a predictor whose numbers are known: what is asked, shown, refused."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from lora_lab.launch.local import Tally
 from lora_lab.plan.devices import device_memory
 from lora_lab.plan.job import Job
 from lora_lab.plan.prediction import LongestRows, Prediction, prediction_of
@@ -81,6 +83,19 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Known:
     return one
 
 
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the jobs that would be run; none is."""
+    names: list[str] = []
+
+    def run_jobs(jobs: Sequence[Job], *_: object, **__: object) -> Tally:
+        names.extend(job.name for job in jobs)
+        return Tally(0, 0, (), 0)
+
+    monkeypatch.setattr("lora_lab.launch.local.run_jobs", run_jobs)
+    return names
+
+
 @pytest.fixture(scope="module")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tiny random model is made."""
@@ -137,9 +152,9 @@ def test_what_cannot_be_predicted_has_its_reason_and_no_number(lab: Lab, known: 
 
 
 def test_the_table(lab: Lab, known: Known) -> None:
-    answer = lab.plan("-m", "rank=1,9", "--memory", "--device", "24GiB")
+    answer = lab.plan("-m", "rank=1,10", "--memory", "--device", "24GiB")
     assert answer.code == 0 and answer.err == "", "no progress in a pipe"
-    sizes, parts = ([one for one in answer.out.splitlines() if one.startswith(f"lora-r{rank}")] for rank in (1, 9))
+    sizes, parts = ([one for one in answer.out.splitlines() if one.startswith(f"lora-r{rank}")] for rank in (1, 10))
     assert "17.0 GB" in sizes[0] and "17.1 GB" in sizes[0] and "1,234" in sizes[0] and "yes, " in sizes[0]
     assert "no, " in parts[0] and "short" in parts[0]
     assert sizes[1].split()[1:] == ["8.00", "GB", "0", "B", "1.00", "GB", "0", "B", "0", "B", "8.00", "GB", "0", "B",
@@ -173,6 +188,29 @@ def test_a_plain_plan_predicts_nothing(lab: Lab, known: Known) -> None:
     assert known.asked == []
 
 
+def test_explain_draws_a_page_and_bars(lab: Lab, known: Known) -> None:
+    line = ("-m", "rank=1,2,1", "--explain", "--device", "h100")
+    answer = lab.plan(*line)
+    assert answer.code == 0, answer.err
+    pages = [lab.root / "plans" / f"lora-r{rank}-qv-s0.html" for rank in (1, 2)]
+    assert sorted((lab.root / "plans").iterdir()) == pages
+    for page in pages:
+        assert page.stem in page.read_text() and f"page: {page}" in answer.out
+    assert "peak 17.0 GB in backward, layer 1" in answer.out, "of the prediction"
+    assert "peak 10.0 GB: forward, layer 0" in answer.out, "of the timeline"
+    first, second, copy = rows_of(lab.plan(*line, "--json"))
+    assert [first["memory"]["page"], second["memory"]["page"]] == [str(page) for page in pages]
+    assert copy["memory"] is None
+
+
+def test_pages_of_equal_names_have_the_ids_beside_them(lab: Lab, known: Known) -> None:
+    rows = rows_of(lab.plan("-m", "learning_rate=1e-3,1e-4", "--explain", "--device", "h100", "--json"))
+    assert rows[0]["name"] == rows[1]["name"]
+    assert [Path(row["memory"]["page"]).stem for row in rows] == [
+        f"{row['name']}-{row['fingerprint'][:16]}" for row in rows
+    ]
+
+
 def test_explain_is_for_few(lab: Lab, known: Known) -> None:
     answer = lab.plan("-m", "seed=range(0,9)", "--explain", "--device", "h100")
     assert answer.code == 2 and "--explain: draws a page per trial; these are 9" in answer.err
@@ -180,18 +218,18 @@ def test_explain_is_for_few(lab: Lab, known: Known) -> None:
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(lab: Lab, known: Known) -> None:
-    answer = lab.run("-m", "rank=1,9", "memory.device=24GiB")
+    answer = lab.run("-m", "rank=1,10", "memory.device=24GiB")
     assert answer.code == 2
     (line,) = [one for one in answer.err.splitlines() if one.startswith("error: ")]
-    assert line.startswith("error: lora-r9-qv-s0: is predicted not to fit: needs 25.6 GB (25.0 GB of tensors, 25.1 GB")
-    assert "24GiB has 25.8 GB" in line or "24GiB has 25.8 GB" in line
-    assert "closest that fit: training.micro_batch_size=2" in line
+    assert line.startswith("error: lora-r10-qv-s0: is predicted not to fit: needs 26.6 GB (26.0 GB of tensors, 26.1 GB")
+    assert "856 MB more than the 25.8 GB of 24GiB" in line, f"26.1 + 0.49 GiB - 24 GiB: {line}"
+    assert "closest that fit: training.micro_batch_size=2 (22.6 GB), or " in line
     assert line.endswith("memory.on_overflow=try runs it anyway")
     assert lab.runs() == [], "nor is the one that fits begun"
 
 
 def test_the_memory_of_this_machine_is_what_is_free(
-    lab: Lab, known: Known, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, known: Known, begun: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peak = WEIGHTS + 1_000_000_000 + 4 * PER_ROW
 
@@ -201,33 +239,56 @@ def test_the_memory_of_this_machine_is_what_is_free(
 
     free(peak - 1)
     answer = lab.run("rank=1", "launch.device=cpu")
-    assert answer.code == 2 and "this machine has 17.0 GB (free on this machine now)" in answer.err
+    assert answer.code == 2 and "1 B more than the 17.0 GB of this machine (free on this machine now)" in answer.err
+    assert begun == []
     free(peak)
-    assert lab.run("rank=1", "launch.device=cpu").code == 0
+    lab.run("rank=1", "launch.device=cpu")
+    assert begun == ["lora-r1-qv-s0"]
 
 
-def test_try_runs_it_anyway(lab: Lab, known: Known) -> None:
-    assert lab.run("rank=9", "memory.device=24GiB", "memory.on_overflow=try").code == 0
-    assert lab.only().state == "COMPLETED"
+def test_workers_on_one_cpu_share_its_memory(
+    lab: Lab, known: Known, begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = WEIGHTS + 1_000_000_000 + 4 * PER_ROW
+    sizes = psutil.virtual_memory()._replace(available=2 * peak - 2, total=10**12)
+    monkeypatch.setattr("lora_lab.app.memory_device.psutil.virtual_memory", lambda: sizes)
+    two = ("rank=1", "launch.device=[cpu,cpu]")
+    lab.run(*two)
+    assert begun == ["lora-r1-qv-s0"], "a single run has all of it"
+    answer = lab.run("-m", *two, "seed=0,1")
+    assert answer.code == 2 and "free on this machine now, among 2 workers" in answer.err
 
 
-def test_a_run_is_checked_in_the_labs_own_step(lab: Lab, known: Known) -> None:
-    assert lab.run("rank=1", "memory.device=h100", "memory.style=litgpt").code == 0
-    assert ("lora", 1, 4, "cuda", "own") in known.asked
-    assert "litgpt" not in {one[-1] for one in known.asked}
+def test_try_runs_it_anyway(lab: Lab, known: Known, begun: list[str]) -> None:
+    assert lab.run("rank=10", "memory.device=24GiB").code == 2 and begun == []
+    lab.run("rank=10", "memory.device=24GiB", "memory.on_overflow=try")
+    assert begun == ["lora-r10-qv-s0"]
 
 
-def test_what_is_done_trains_nothing_or_cannot_be_predicted_is_not_checked(lab: Lab, known: Known) -> None:
+def test_a_run_is_checked_in_the_labs_own_step(lab: Lab, known: Known, begun: list[str]) -> None:
+    lab.run("rank=1", "memory.device=h100", "memory.style=litgpt")
+    assert known.asked == [("lora", 1, 4, "cuda", "own")] and begun
+
+
+def test_what_cannot_be_predicted_runs_and_what_trains_nothing_is_not_asked(
+    lab: Lab, known: Known, begun: list[str]
+) -> None:
     known.refused = ("lora",)
-    assert lab.run("memory.device=24GiB", "rank=9").code == 0, "not predicted, so it runs"
+    lab.run("memory.device=24GiB", "rank=10")
+    assert begun == ["lora-r10-qv-s0"] and len(known.asked) == 1
+    lab.run("memory.device=24GiB", "method=base")
+    assert begun == ["lora-r10-qv-s0", "base"] and len(known.asked) == 1
+
+
+def test_what_is_done_is_not_asked(lab: Lab, known: Known) -> None:
+    assert lab.run("rank=1", "memory.device=h100").code == 0
     known.asked.clear()
-    assert lab.run("memory.device=24GiB", "rank=9").code == 0
-    assert lab.run("memory.device=24GiB", "method=base").code == 0
+    assert lab.run("rank=1", "memory.device=24GiB").code == 0
     assert known.asked == []
 
 
 def test_of_many_the_first_are_told_and_the_others_counted(lab: Lab, known: Known) -> None:
-    answer = lab.run("-m", "rank=9", "seed=range(0,12)", "memory.device=24GiB")
+    answer = lab.run("-m", "rank=10", "seed=range(0,12)", "memory.device=24GiB")
     problems = [one for one in answer.err.splitlines() if one.startswith("error: ")]
     assert answer.code == 2 and len(problems) == 11 and "2 more do not fit" in problems[-1]
     counts = Counter(one[2] for one in known.asked)
