@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_lab.plan.prediction import Prediction
 from lora_lab.record.cohort_facts import why_missing
-from lora_lab.record.predicted_peak import PEAK, peaks_of
+from lora_lab.record.predicted_peak import PEAK, TRAINED, peaks_of
 from lora_lab.record.result import Result
 from lora_lab.report.text import bytes_text, clean
 from lora_lab.study.predicted_memory import PredictedMemory
@@ -38,8 +38,8 @@ def peak_sentence(result: Result) -> str | None:
     if peaks is not None:
         return f"{told}, measured {bytes_text(peaks.measured)}, {percent_text(peaks.error)}"
     if PEAK in result.measurements:
-        shown = bytes_text(result.measurements[PEAK])
-        return f"{told}; the measured {shown} are not comparable, since the run did not have its own peak"
+        why = "it is not the run's own" if result.status in TRAINED else f"the run ended {result.status}"
+        return f"{told}; measured {bytes_text(result.measurements[PEAK])}, which cannot be compared: {why}"
     return f"{told}; not measured: {clean(why_missing(result, PEAK))}"
 
 
@@ -51,10 +51,12 @@ def error_sentence(predicted: PredictedMemory) -> str | None:
     count, without = len(predicted.pairs), predicted.without
     at = f"{percent_text(largest.peaks.error)} ({clean(largest.name)})"
     if count == 1:
-        told = f"In the one run that has both, the predicted peak is off by {at}"
+        told = f"In the one run that has a predicted and a measured peak, the error is {at}"
     else:
-        median = f"{100 * predicted.median_error:.2f} %"
-        told = f"Over {count} runs with both, the predicted peak is off by {median} in the median, at most by {at}"
+        told = (
+            f"Over {count} runs that have a predicted and a measured peak, the median absolute error is "
+            f"{100 * predicted.median_error:.2f} %, the largest error {at}"
+        )
     others = f"{without} other trained run{' lacks' if without == 1 else 's lack'}"
     return told + (f"; {others} one of the two." if without else ".")
 

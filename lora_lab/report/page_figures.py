@@ -210,8 +210,7 @@ def _predicted(findings: Findings) -> Family | None:
         id="predicted",
         menu="Prediction",
         title="Predicted against measured memory",
-        legend=f"{sentence} The peak of allocated memory was predicted before anything was loaded, and measured in the "
-        "run; one point per run, on the dotted line where both are equal.",
+        legend=f"{sentence} One point per run; on the dotted line both are equal.",
         picks=(),
         figures={"": predicted_figure(findings.predicted.pairs, colours_of(findings.table))},
         notes=(),
