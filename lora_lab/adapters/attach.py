@@ -88,6 +88,7 @@ def attach(
     tokenizer: Any | None = None,
     steps: int | None = None,
     probabilities: Sequence[float] | None = None,
+    has_values: bool = True,
 ) -> Attached:
     """Makes `base_model` ready to train by `trial.method`.
 
@@ -95,6 +96,7 @@ def attach(
     adapters already (a PeftModel) gets one more under `name`, not yet active.
     `trial.dropout` acts on the inputs of linear layers; an adapter on an embedding has none, as in PEFT.
     tokenizer, steps: see `Surroundings`. probabilities: of LISA's layers, where they come from logs of other runs.
+    has_values: False for a model of shapes alone, whose weights cannot be looked at.
 
     Raises:
         InputError: the method does not fit the model, the base is quantized and its own weights are to be trained, or
@@ -116,7 +118,7 @@ def attach(
             start_from_weights(model, name, config, kind=trial.method.kind)
         if trial.method.kind in PROMPT_KINDS:
             start_prompt(model, name, text=getattr(trial.method, "init_text", None), tokenizer=tokenizer)
-    if trial.method.kind == "dora":
+    if trial.method.kind == "dora" and has_values:
         check_magnitudes(model, name)
     if trial.method.kind == "adalora":
         freeze_rank_numbers(model, name)

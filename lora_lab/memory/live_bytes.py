@@ -1,20 +1,26 @@
 """Bytes of live tensors, counted operation by operation: what "allocated" means where there is no allocator to ask.
 
 On CUDA the allocator keeps this number. On a CPU it is counted here, on a probe step: every storage that an operation
-returns is added, and taken off when the last tensor that uses it dies. Buffers that live only inside one operation
-(workspace of a matrix product, the dequantised copy inside a 4-bit product) are not seen.
+returns is added, and taken off when the last tensor that uses it dies. Tensors may be real or fake (shapes without
+values), so a step is measured and predicted by the same count. Buffers that live only inside one operation (workspace
+of a matrix product, the dequantised copy inside a 4-bit product) are not seen.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lora_lab.plan.timeline import START, Event, Place, Timeline
+
+# PyTorch's CUDA allocator hands out memory in blocks of this many bytes.
+CUDA_BLOCK_BYTES = 512
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -24,7 +30,12 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 def model_tensors(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers, and the constants that 4-bit parameters carry beside their packed values."""
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return [*model.parameters(), *model.buffers(), *quantization_constants(model)]
+
+
+def quantization_constants(model: nn.Module) -> list[Tensor]:
+    """What 4-bit parameters carry beside their packed values: scales, offsets, code books."""
+    tensors: list[Tensor] = []
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         nested = getattr(state, "state2", None)
@@ -34,34 +45,68 @@ def model_tensors(model: nn.Module) -> list[Tensor]:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is untyped
-    """Counts live bytes within its block. `peak_bytes` starts at, and never falls below, `baseline` tensors' bytes."""
+    """Counts live bytes within its block, and keeps when which came and went.
 
-    def __init__(self, baseline: Sequence[Tensor]) -> None:
+    known: tensors that are alive before, by part (see `plan.timeline.PARTS`). `peak_bytes` starts at, and never falls
+    below, their bytes. block_bytes: sizes are rounded up to a multiple of it. `place`: set it as the step goes on.
+    """
+
+    def __init__(self, known: Mapping[str, Iterable[Tensor]], *, block_bytes: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._known = weakref.WeakSet[torch.UntypedStorage]()
+        self._numbers = weakref.WeakKeyDictionary[torch.UntypedStorage, int]()
+        self._block = block_bytes
+        self._events: list[Event] = []
+        self._parts: dict[int, str] = {}
+        self._count_of_storages = 0
+        self.place: Place = START
         self.live_bytes: int = 0
         self.peak_bytes: int = 0
-        for tensor in baseline:
-            self._count(tensor)
+        for part, tensors in known.items():
+            for tensor in tensors:
+                self._count(tensor)
+                self.claim(part, [tensor])
+
+    def claim(self, part: str, tensors: Iterable[Tensor]) -> None:
+        """Says what the bytes of tensors are, where nobody has said so before."""
+        for tensor in tensors:
+            number = self._numbers.get(tensor.untyped_storage())
+            if number is not None:
+                self._parts.setdefault(number, part)
+
+    def claim_live(self, part: str) -> None:
+        """The same of all that is alive now."""
+        for number in list(self._numbers.values()):
+            self._parts.setdefault(number, part)
+
+    def timeline(self) -> Timeline:
+        """What has been recorded so far."""
+        return Timeline(tuple(self._events), dict(self._parts))
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
+        if isinstance(result, Tensor):
+            self._count(result)
+        elif result is not None:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self._count(leaf)
         return result
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage in self._known:
+        if storage in self._numbers:
             return
-        self._known.add(storage)
-        size = storage.nbytes()
-        self.live_bytes += size
+        number = self._count_of_storages
+        self._count_of_storages += 1
+        self._numbers[storage] = number
+        size = -(-storage.nbytes() // self._block) * self._block
+        self._change(number, size)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._release, size)
+        weakref.finalize(storage, self._change, number, -size).atexit = False
 
-    def _release(self, size: int) -> None:
-        self.live_bytes -= size
+    def _change(self, number: int, size: int) -> None:
+        if size:
+            self.live_bytes += size
+            self._events.append(Event(number, size, self.place))

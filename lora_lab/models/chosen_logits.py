@@ -33,9 +33,11 @@ class ChosenPositions:
         if self.mask is None:
             raise RuntimeError("inside the block the model is called through the object that chooses positions")
         hidden: Tensor = inputs[0]
+        row, place = self.mask.nonzero(as_tuple=True)
         # Virtual tokens of prompt-learning methods stand in front of the row; the row itself is the end.
-        own = hidden[:, hidden.shape[1] - self.mask.shape[1] :]
-        return (own[self.mask.to(hidden.device)].unsqueeze(0), *inputs[1:])
+        place = place + hidden.shape[1] - self.mask.shape[1]
+        chosen = (row * hidden.shape[1] + place).to(hidden.device)
+        return (hidden.flatten(0, 1).index_select(0, chosen).unsqueeze(0), *inputs[1:])
 
 
 @contextmanager

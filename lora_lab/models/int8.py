@@ -58,14 +58,14 @@ class Int8Linear(bitsandbytes.nn.Linear8bitLt):  # type: ignore[misc]  # bitsand
         return product.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 
-def use_one_product(model: Any) -> None:
-    """Puts `Int8Linear` in the place of every 8-bit layer of bitsandbytes.
+def use_one_product(model: Any, *, check: bool = True) -> None:
+    """Puts `Int8Linear` in the place of every 8-bit layer of bitsandbytes. check: whether scales have values.
 
     Raises:
         InputError: a weight is beyond float16, in which bitsandbytes quantizes.
     """
     layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is bitsandbytes.nn.Linear8bitLt]
-    broken = [name for name, layer in layers if not torch.isfinite(layer.weight.SCB).all()]
+    broken = [name for name, layer in layers if check and not torch.isfinite(layer.weight.SCB).all()]
     if broken:
         rule = f"{broken[0]} holds weights beyond 65504 (float16), which int8 cannot store; use quantization=none"
         raise InputError(Problem("quantization", rule))
@@ -86,7 +86,7 @@ class _Product(torch.autograd.Function):
         row_codes, row_scales, outliers = bitsandbytes.functional.int8_vectorwise_quant(half, threshold=threshold)
         sums = bitsandbytes.functional.int8_linear_matmul(row_codes, codes)
         product: Tensor = sums * (row_scales[:, None] / _LARGEST_CODE) * (scales / _LARGEST_CODE)
-        if outliers.numel():
+        if outliers is not None and outliers.numel():  # None without a threshold
             columns = codes[:, outliers] * (scales[:, None] / _LARGEST_CODE)
             product = product.addmm(rows[:, outliers].float(), columns.T)
         return product

@@ -45,7 +45,7 @@ from lora_lab.schema.model import EmbeddedModel, FolderModel, HubModel, Model, R
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 )
-_DROPOUT_KEYS = (
+DROPOUT_KEYS = (
     "attention_dropout",
     "hidden_dropout",
     "activation_dropout",
@@ -86,9 +86,9 @@ def load_base(
     config = check_model_folder(folder)
     _check_declared_shape(model, config)
     with quiet_transformers():
-        tokenizer = _tokenizer(model, folder)
+        tokenizer = load_tokenizer(model, folder)
         network, dropouts = _network(folder, precision=precision, quantization=quantization, device=device)
-    _set_embeddings(network, model)
+    set_embeddings(network, model)
     _fix_arithmetic(network, quantization)
     network.requires_grad_(False)
     network.config.use_cache = False
@@ -132,14 +132,14 @@ def _network(
     folder: Path, *, precision: str, quantization: Quantization, device: torch.device
 ) -> tuple[Any, list[str]]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    dropouts = [key for key in _DROPOUT_KEYS if getattr(config, key, None)]
+    dropouts = [key for key in DROPOUT_KEYS if getattr(config, key, None)]
     for key in dropouts:
         setattr(config, key, 0.0)
     network = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=DTYPES[precision],
-        quantization_config=_bitsandbytes(quantization, DTYPES[precision]),
+        quantization_config=bitsandbytes_config(quantization, DTYPES[precision]),
         device_map={"": device},
         attn_implementation="sdpa",
         use_safetensors=True,
@@ -152,7 +152,7 @@ def _network(
     return network, dropouts
 
 
-def _tokenizer(model: Model, folder: Path) -> Any:
+def load_tokenizer(model: Model, folder: Path) -> Any:
     """A folder that names no family's tokenizer is read as it is: the family's own class would add its own tokens."""
     settings = folder / "tokenizer_config.json"
     kind = read_json(settings).get("tokenizer_class") if settings.is_file() else None
@@ -161,7 +161,8 @@ def _tokenizer(model: Model, folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
+def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+    """transformers' settings for a quantized base of this dtype; None where nothing is quantized."""
     if quantization.kind == "none":
         return None
     if quantization.kind == "int8":
@@ -187,7 +188,7 @@ def _fix_arithmetic(network: Any, quantization: Quantization) -> None:
         keep_packed_layout(network)
 
 
-def _set_embeddings(network: Any, model: Model) -> None:
+def set_embeddings(network: Any, model: Model) -> None:
     """tie_embeddings=false gives the head of a tied model its own copy of the weight."""
     tied = is_tied(network)
     if model.tie_embeddings and not tied:

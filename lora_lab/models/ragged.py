@@ -116,6 +116,16 @@ def why_not_ragged(model: Any, *, longest: int) -> str | None:
 
     Asks the configuration for what only long rows would show, then compares three short rows with each alone.
     """
+    why = why_rows_differ(model, longest=longest)
+    if why is not None:
+        return why
+    sections = list(text_sections(model.config.get_text_config(decoder=True)))
+    room = min([max(_PROBE_LENGTHS), *position_limits(sections), *windows(sections).values()])
+    return _probe(model, [min(length, room) for length in _PROBE_LENGTHS])
+
+
+def why_rows_differ(model: Any, *, longest: int) -> str | None:
+    """The part of `why_not_ragged` that the configuration and the class of a model tell without its values."""
     sections = list(text_sections(model.config.get_text_config(decoder=True)))
     for name, window in windows(sections).items():
         if window < longest:
@@ -124,8 +134,11 @@ def why_not_ragged(model: Any, *, longest: int) -> str | None:
         for kind, limit in rope_limits(section):
             if longest > limit:
                 return f"its {kind} rotary frequencies change in rows beyond {limit} tokens, and rows have {longest}"
-    room = min([max(_PROBE_LENGTHS), *position_limits(sections), *windows(sections).values()])
-    return _probe(model, [min(length, room) for length in _PROBE_LENGTHS])
+    try:
+        RaggedModel(shared_copy(model))
+    except Exception as error:  # noqa: BLE001 - a model that cannot be called so is answered by its own words
+        return f"its rows cannot be laid end to end: {first_line(error)}"
+    return None
 
 
 @torch.no_grad()

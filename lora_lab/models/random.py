@@ -8,17 +8,11 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_lab.errors import InputError, Problem
 from lora_lab.models.quiet import quiet_transformers
+from lora_lab.models.shape_config import shape_config
 from lora_lab.models.stored import stored_folder
 from lora_lab.schema.labels import check_label
 from lora_lab.schema.model import RandomModel, Shape
@@ -35,7 +29,6 @@ _CHAT_TEMPLATE = (
     "{{ '<bos>' }}{% for message in messages %}{{ '<turn>' + message['role'] + '\n' + message['content'] + '<eos>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<turn>assistant\n' }}{% endif %}"
 )
-_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 
 
 def random_folder(model: RandomModel, cache: Path) -> Path:
@@ -63,9 +56,11 @@ def random_folder(model: RandomModel, cache: Path) -> Path:
 
 def random_network(shape: Shape, seed: int) -> Any:
     """A float32 causal LM of this shape; the same seed gives the same weights, and global random state is untouched."""
+    # No pad id here: it would zero that row, and DoRA divides by the norm of every row.
+    marks = {"bos_token_id": SPECIAL_IDS[BOS], "eos_token_id": SPECIAL_IDS[EOS]}
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.default_generator.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(_config(shape), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(shape_config(shape, **marks), dtype=torch.float32)
 
 
 def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
@@ -93,34 +88,6 @@ def _write(model: RandomModel, folder: Path) -> None:
     with quiet_transformers():
         network.save_pretrained(folder)
         byte_tokenizer(model.shape.max_positions).save_pretrained(folder)
-
-
-def _config(shape: Shape) -> Any:
-    # No pad id here: it would zero that row, and DoRA divides by the norm of every row.
-    marks = {"bos_token_id": SPECIAL_IDS[BOS], "eos_token_id": SPECIAL_IDS[EOS]}
-    if shape.family == "gpt2":
-        return GPT2Config(
-            vocab_size=shape.vocab_size,
-            n_positions=shape.max_positions,
-            n_embd=shape.hidden_size,
-            n_layer=shape.num_layers,
-            n_head=shape.num_heads,
-            n_inner=shape.mlp_size,
-            tie_word_embeddings=shape.tied_embeddings,
-            **marks,
-        )
-    return _CONFIGS[shape.family](
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.mlp_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_positions,
-        tie_word_embeddings=shape.tied_embeddings,
-        **marks,
-    )
 
 
 def _byte_letters() -> list[str]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from lora_lab.errors import InputError, Problem, nearest
 
 _GIB = 2**30
+# cuBLAS's workspace on most cards; see `workspace_bytes`.
+WORKSPACE_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
 _SIZE = re.compile(r"(\d{1,5}(?:\.\d{1,3})?) ?(gib|gb)")
 _UNITS = {"gib": _GIB, "gb": 10**9}
 
@@ -63,7 +65,7 @@ def workspace_bytes(device: DeviceMemory) -> int:
     torch/backends/cuda/__init__.py, the notes on CUDA semantics (cuBLAS workspaces), all of PyTorch 2.13.
     """
     is_older = device.name in DEVICES and device.name not in _LARGE_WORKSPACE
-    return _WORKSPACE if is_older else _LARGER_WORKSPACE
+    return WORKSPACE_BYTES if is_older else _LARGER_WORKSPACE
 
 
 def _card(name: str, total_gib: float, context_gib: float, source: str) -> DeviceMemory:
@@ -98,6 +100,5 @@ _CARDS = (
 DEVICES: Mapping[str, DeviceMemory] = {card.name: card for card in _CARDS}
 
 _OF_ANY_CARD = DEVICES["a100"].context_bytes
-_WORKSPACE = 2 * 4096 * 1024 + 8 * 16 * 1024
 _LARGER_WORKSPACE = 32 * 2**20
 _LARGE_WORKSPACE = ("b200", "h200", "h100", "5090")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_lab.plan.cohorts import why_not_fused
-from lora_lab.plan.devices import DeviceMemory
+from lora_lab.plan.devices import WORKSPACE_BYTES, DeviceMemory, workspace_bytes
 from lora_lab.plan.prediction import LongestRows, Prediction
 from lora_lab.schema.adaptation import Quantization
 from lora_lab.schema.combinations import combination_problems
@@ -22,7 +22,6 @@ Predict = Callable[[Trial, LongestRows], Prediction]
 
 # What quantization=nf4 stands for on the command line (conf/quantization/nf4.yaml).
 NF4 = Quantization(kind="nf4", double_quantization=False)
-_MOST_SUGGESTIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,10 @@ def fit_of(trial: Trial, rows: LongestRows, prediction: Prediction, device: Devi
 def needed_bytes(prediction: Prediction, device: DeviceMemory) -> int:
     """What a run needs of a device: what is reserved, or without an allocator what is alive, and the context."""
     peak = prediction.peak_reserved_bytes
-    return (prediction.peak_allocated_bytes if peak is None else peak) + device.context_bytes
+    if peak is None:
+        return prediction.peak_allocated_bytes + device.context_bytes
+    # A prediction holds two workspaces of the usual size; some cards are given larger ones.
+    return peak + 2 * (workspace_bytes(device) - WORKSPACE_BYTES) + device.context_bytes
 
 
 def closest_that_fit(trial: Trial, rows: LongestRows, device: DeviceMemory, predict: Predict) -> list[Suggestion]:
@@ -88,7 +90,7 @@ def closest_that_fit(trial: Trial, rows: LongestRows, device: DeviceMemory, pred
     enough: list[frozenset[str]] = []
     changes = _changes(trial)
     for names in _combinations(list(changes)):
-        if any(done <= names for done in enough) or len(found) == _MOST_SUGGESTIONS:
+        if any(done <= names for done in enough):
             continue
         if names == {_MICRO_BATCH}:
             suggestion = _smaller_micro_batch(trial, rows, device, predict)
@@ -199,12 +201,8 @@ class _Needs:
     def largest_that_fits(self, below: int) -> int | None:
         """The largest divisor of the batch size that is smaller than `below` and fits: what is needed grows with it."""
         sizes = [size for size in range(1, below) if self._batch % size == 0]
-        low, high = 0, len(sizes)
-        for position, size in enumerate(sizes):
-            if size in self._known:
-                low, high = (position + 1, high) if self._fits(size) else (low, min(high, position))
-        low = bisect.bisect_left(sizes, True, low, high, key=lambda size: not self._fits(size))
-        return sizes[low - 1] if low else None
+        fitting = bisect.bisect_left(sizes, True, key=lambda size: not self._fits(size))
+        return sizes[fitting - 1] if fitting else None
 
     def _fits(self, size: int) -> bool:
         return self.of(size) <= self._device.total_bytes

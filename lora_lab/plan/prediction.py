@@ -25,10 +25,10 @@ class LongestRows:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Of one run by itself, on a device of a kind (`cpu`: exact bytes of live tensors; `cuda`: as its allocator counts).
+    """Of one run by itself, on a kind of device (`cpu`: exact bytes of live tensors; `cuda`: as its allocator counts).
 
-    peak_allocated_bytes: at the largest moment of a training step; `parts` (keys: `timeline.PARTS`) add up to it, `place`
-    says where in the step. peak_reserved_bytes: what CUDA's allocator holds for it; None on a CPU. paged_bytes:
+    peak_allocated_bytes: at the largest moment of a training step; `parts` (keys: `timeline.PARTS`) add up to it, and
+    `place` says where in the step. peak_reserved_bytes: what CUDA's allocator holds for it; None on a CPU. paged_bytes:
     optimizer states in managed memory, which is not part of either. base_bytes: weights and quantization constants,
     which runs on one base share. how: traced in full, or extrapolated from two depths. notes: assumptions that a
     reader should know.

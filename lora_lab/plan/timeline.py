@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 # What bytes are, in the order in which they are shown. weights: of the base, as they lie in memory (packed where they
 # are quantized). temporary: buffers of operations, gradients on their way back, layers that are computed once more.
+# allocator: what CUDA's allocator hands out beside tensors (cuBLAS's workspaces, rests of blocks that are not split).
 PARTS = (
     "weights",
     "quantization_constants",
@@ -20,6 +21,7 @@ PARTS = (
     "optimizer_state",
     "activations",
     "temporary",
+    "allocator",
 )
 
 

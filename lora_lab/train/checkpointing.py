@@ -56,12 +56,13 @@ def enable_checkpointing(model: nn.Module, mode: str | int) -> None:
         raise InputError(
             Problem("training.gradient_checkpointing", f"layers of {base.config.model_type} differ; use every_layer")
         )
-    layers = list(_decoder_layers(base))
+    layers = list(decoder_layers(base))
     for start in range(0, len(layers), size):
         _join(layers[start : start + size])
 
 
-def _decoder_layers(base: Any) -> nn.ModuleList:
+def decoder_layers(base: Any) -> nn.ModuleList:
+    """The decoder layers of a causal LM of transformers; raises InputError where no list of that length is found."""
     for module in base.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == base.config.num_hidden_layers:
             return module

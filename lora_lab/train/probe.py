@@ -1,6 +1,7 @@
-"""Peak allocated memory on a CPU: one step on the longest micro-batch, counted tensor by tensor, then undone.
+"""Peak allocated memory of a step: one step on the longest micro-batch, counted tensor by tensor, then undone.
 
-The step is left out of time, speed and the log: weights are restored, optimizer state is thrown away.
+With real tensors this is the measurement on a CPU; with fake ones (`predict.traced_step`) it is the prediction. The
+step is left out of time, speed and the log: weights are restored, optimizer state is thrown away.
 """
 
 from __future__ import annotations
@@ -9,31 +10,37 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_lab.memory.live_bytes import LiveBytes, model_tensors, storage_bytes
+from lora_lab.memory.live_bytes import LiveBytes, model_tensors, quantization_constants, storage_bytes
 from lora_lab.optim.optimizers import state_tensors
+from lora_lab.plan.timeline import Place, Timeline
 from lora_lab.train.curvature import estimate_curvature
 from lora_lab.train.forward import Forward, MicroBatch
 from lora_lab.train.loop import clip, gather
 from lora_lab.train.member import Member, OpenStep
+from lora_lab.train.places import WatchedForward, placed
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Live bytes at the peak of a step, and of the gradients at its end. What is neither weight, nor gradient, nor
-    optimizer state at the peak is activations and the temporaries of operations."""
+    """Live bytes at the peak of a step, of the gradients at its end, and the whole course between."""
 
     peak_bytes: int
     gradient_bytes: int
+    timeline: Timeline
 
 
-def probe_step(forward: Forward, model: nn.Module, member: Member) -> Probe:
+def probe_step(
+    forward: Forward, model: nn.Module, member: Member, *, layers: Iterable[nn.Module] = (), block_bytes: int = 1
+) -> Probe:
     """Counts a step as every one from the second on is: weights, optimizer state, gradients, activations.
 
-    model: the member's own, whose tensors are alive; no other member takes part. With several micro-batches a step the
-    gradients of the earlier ones are alive already; so they are here. Of Sophia it is a step with an estimate. Of
-    GaLore it is one between two renewals: what the SVD of a matrix takes is left out.
+    model: the member's own, whose tensors are alive; no other member takes part. layers: decoder layers of what
+    `forward` calls, for the places of the timeline. With several micro-batches a step the gradients of the earlier ones
+    are alive already; so they are here. Of Sophia it is a step with an estimate. Of GaLore it is one between two
+    renewals: what the SVD of a matrix takes is left out.
     """
     parameters = member.active_parameters
     weights = [parameter.detach().clone() for parameter in parameters]
@@ -44,17 +51,21 @@ def probe_step(forward: Forward, model: nn.Module, member: Member) -> Probe:
         optimizer.step()  # creates the state
         if len(member.batches.step(0)) == 1:
             optimizer.zero_grad(set_to_none=True)
-        baseline = [*model_tensors(model), *_gradients(member), *state_tensors(optimizer)]
-        with LiveBytes(baseline) as counter:
+        counter = LiveBytes(_known(model, member, optimizer), block_bytes=block_bytes)
+        watched = WatchedForward(forward, counter)
+        with counter, placed(list(layers), counter):
             if member.curvature is not None:
                 member.set_clock(0)
-                estimate_curvature(member, forward.logits(batch), optimizer)
+                estimate_curvature(member, watched.logits(batch), optimizer)
             member.open_step = OpenStep([batch])
-            gather(forward, [member])
+            gather(watched, [member])
+            counter.claim("gradients", _gradients(member))
+            counter.place = Place("clip")
             clip(member)
             gradient_bytes = storage_bytes(_gradients(member))
+            counter.place = Place("update")
             optimizer.step()
-        return Probe(counter.peak_bytes, gradient_bytes)
+        return Probe(counter.peak_bytes, gradient_bytes, counter.timeline())
     finally:
         member.open_step = None
         optimizer.zero_grad(set_to_none=True)
@@ -63,10 +74,22 @@ def probe_step(forward: Forward, model: nn.Module, member: Member) -> Probe:
                 parameter.copy_(weight)
 
 
+def _known(model: nn.Module, member: Member, optimizer: torch.optim.Optimizer) -> dict[str, Iterable[Tensor]]:
+    """What is alive before the step, by part; of several parts that a tensor might be, the first."""
+    scales = [buffer for name, buffer in model.named_buffers() if name.endswith("row_scales")]  # of int8 layers
+    return {
+        "quantization_constants": [*quantization_constants(model), *scales],
+        "adapter": member.parameters if isinstance(model, PeftModel) else [],
+        "weights": model_tensors(model),
+        "gradients": _gradients(member),
+        "optimizer_state": [state for state in state_tensors(optimizer) if not getattr(state, "is_paged", False)],
+    }
+
+
 def _zero_gradients(member: Member) -> None:
     for parameter in member.active_parameters:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def _gradients(member: Member) -> Iterable[Tensor]:
+def _gradients(member: Member) -> list[Tensor]:
     return [parameter.grad for parameter in member.active_parameters if parameter.grad is not None]

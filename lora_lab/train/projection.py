@@ -43,6 +43,5 @@ def _stand_ins(trial: Trial, model: Any, projection: Projection) -> dict[nn.Para
         if trial.rank > min(weight.shape):
             rule = f"must be <= {min(weight.shape)}, the smaller side of {name}, got {trial.rank}"
             raise InputError(Problem("rank", rule))
-        small = torch.zeros(projection.projected_shape(weight.shape), dtype=weight.dtype, device=weight.device)
-        found[weight] = nn.Parameter(small)
+        found[weight] = nn.Parameter(weight.detach().new_zeros(projection.projected_shape(weight.shape)))
     return found

@@ -1,0 +1,203 @@
+"""One training step of a trial on fake tensors: the code that trains, with a model that has no values.
+
+`attach` puts the method on the base, `member_of` makes optimizer and batches, the runner's own choice of a forward pass
+computes, `probe_step` counts. Token ids, positions and masks are real tensors, as what is looked up with them depends
+on values; all that has the size of weights or activations is fake. Left out are bitsandbytes' update kernels: they work
+in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_lab.adapters.attach import Attached, ParameterCounts, attach, count_parameters
+from lora_lab.adapters.cohort.trunk import Trunk
+from lora_lab.data.encode import Encoded
+from lora_lab.memory.live_bytes import CUDA_BLOCK_BYTES, quantization_constants
+from lora_lab.models.loss_token_logits import loss_token_logits
+from lora_lab.models.ragged import why_rows_differ
+from lora_lab.models.shared_copy import shared_copy
+from lora_lab.optim.optimizers import state_tensors
+from lora_lab.plan.cohorts import why_not_fused
+from lora_lab.plan.prediction import DeviceKind, LongestRows
+from lora_lab.plan.timeline import Timeline
+from lora_lab.predict.fake_model import fake_base, fake_mode, fakes_move_as_modules
+from lora_lab.schema.expert_methods import Loramoe
+from lora_lab.schema.optimization import Constant
+from lora_lab.schema.trial import Trial
+from lora_lab.train.checkpointing import decoder_layers, enable_checkpointing
+from lora_lab.train.forward import Alone, Forward, Together
+from lora_lab.train.member import Member, member_of
+from lora_lab.train.probe import probe_step
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class TracedStep:
+    """counts: of the model with its method. base_bytes: weights and constants of the bare base. paged_bytes: optimizer
+    states that live in managed memory. rows: how rows of unequal length are handed to the model."""
+
+    timeline: Timeline
+    counts: ParameterCounts
+    base_bytes: int
+    paged_bytes: int
+    rows: str
+
+
+def traced_step(trial: Trial, rows: LongestRows, config: Any, *, device_kind: DeviceKind) -> TracedStep:
+    """A step of `trial` on its longest micro-batch. config: of its model, with any number of layers.
+
+    Raises:
+        Unpredictable: the model cannot be built.
+        InputError: the method does not fit the model.
+    """
+    mode = fake_mode()
+    base = fake_base(trial, config, mode)
+    block = CUDA_BLOCK_BYTES if device_kind == "cuda" else 1
+    base_bytes = _rounded([*base.parameters(), *base.buffers(), *quantization_constants(base)], block)
+    with _on_fakes(mode):
+        attached = attach(shared_copy(base), trial, tokenizer=_WordsOfNoMeaning(), steps=_STEPS, has_values=False)
+    member = _member(trial, attached, rows, mode)
+    attached.model.train()
+    forwards = _forward(trial, base, attached, member, longest=max(rows.lengths))
+    with forwards as (forward, network, how), _LargeOnesFake(mode):
+        step = probe_step(forward, attached.model, member, layers=decoder_layers(network), block_bytes=block)
+    paged = _paged_tensors(member.optimizer) if device_kind == "cuda" else []
+    return TracedStep(step.timeline, count_parameters(attached.model), base_bytes, _rounded(paged, block), how)
+
+
+# Of the schedules that depend on it (AdaLoRA's budget) nothing is in a step's memory but that training has not ended.
+_STEPS = 1000
+
+
+class _WordsOfNoMeaning:
+    """A tokenizer for prompts that start from a text: any ids do."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [0] * max(1, len(text.split()))}
+
+
+@contextlib.contextmanager
+def _on_fakes(mode: FakeTensorMode) -> Iterator[None]:
+    """Within the block new tensors are fake, and modules may move."""
+    with fakes_move_as_modules(), warnings.catch_warnings(), mode:
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _member(trial: Trial, attached: Attached, rows: LongestRows, mode: FakeTensorMode) -> Member:
+    kind = trial.method.groups[0] if isinstance(trial.method, Loramoe) else None
+    examples = [
+        Encoded((0,) * length, tuple(place >= length - counted for place in range(length)), cut=False, type=kind)
+        for length, counted in zip(rows.lengths, rows.loss_tokens, strict=True)
+    ]
+    # Neither schedule nor number of steps is in a step's memory, and both may ask for more rows than are given here.
+    plain = trial.model_copy(
+        update={
+            "scheduler": Constant(kind="constant", warmup_steps=0, warmup_ratio=None),
+            "training": trial.training.model_copy(update={"epochs": None, "max_steps": _STEPS}),
+        }
+    )
+    member = member_of(plain, attached, examples, name="traced")
+    build = member.build_optimizer
+
+    def build_on_fakes() -> torch.optim.Optimizer:
+        member.optimizer = build()
+        _without_values(member.optimizer, mode)
+        return member.optimizer
+
+    member.build_optimizer = build_on_fakes
+    return member
+
+
+class _LargeOnesFake(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is untyped
+    """Within the block tensors that are made from nothing (identities, random numbers) are fake if they are large."""
+
+    _FACTORIES = (
+        torch.ops.aten.eye.default,
+        torch.ops.aten.eye.m,
+        torch.ops.aten.rand.default,
+        torch.ops.aten.rand.generator,
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.zeros.default,
+        torch.ops.aten.ones.default,
+        torch.ops.aten.full.default,
+    )
+    _LARGE_ELEMENTS = 100_000
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._mode = mode
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self._FACTORIES and self._elements(func, args) >= self._LARGE_ELEMENTS:
+            with self._mode:
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _elements(func: Callable[..., Any], args: tuple[Any, ...]) -> int:
+        if isinstance(args[0], int):  # eye: rows, and columns where they are not as many
+            return args[0] * (args[1] if len(args) > 1 else args[0])
+        return math.prod(args[0])
+
+
+def _without_values(optimizer: Any, mode: FakeTensorMode) -> None:
+    """bitsandbytes makes its states on fake tensors, and updates nothing."""
+    inner = getattr(optimizer, "inner", optimizer)
+    if not hasattr(inner, "init_state"):
+        return
+    make = inner.init_state
+
+    def init_state(*place: Any) -> None:
+        with mode:
+            make(*place)
+
+    inner.init_state = init_state
+    inner.update_step = lambda *_: None
+    inner.is_paged, inner.was_paged = False, inner.is_paged  # there is nothing to fetch
+
+
+def _paged_tensors(optimizer: Any) -> list[Tensor]:
+    """States that bitsandbytes pages on CUDA: those of at least 100,000 elements."""
+    inner = getattr(optimizer, "inner", optimizer)
+    states = state_tensors(optimizer) if getattr(inner, "was_paged", False) else []
+    return [state for state in states if state.numel() >= 100_000]
+
+
+@contextlib.contextmanager
+def _forward(
+    trial: Trial, base: Any, attached: Attached, member: Member, *, longest: int
+) -> Iterator[tuple[Forward, Any, str]]:
+    """How a run alone calls its model (see `runner.alone.forward_alone`), the network called, and how rows are laid."""
+    why_padded = why_not_fused(trial) or why_rows_differ(base, longest=longest)
+    checkpointing = trial.training.gradient_checkpointing
+    if why_padded is None:
+        trunk = Trunk(base)
+        enable_checkpointing(trunk.model, checkpointing)
+        trunk.join(member.name, attached.model)
+        yield Together(trunk), trunk.model, "end to end"
+        return
+    model = attached.model
+    enable_checkpointing(model, checkpointing)
+    with loss_token_logits(model) as head:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        yield Alone(head, pad_id=0, device=_CPU), inner, f"padded: {why_padded}"
+
+
+def _rounded(tensors: Sequence[Tensor], block: int) -> int:
+    sizes = {id(one): one.nbytes() for one in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(-(-size // block) * block for size in sizes.values())

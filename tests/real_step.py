@@ -1,0 +1,49 @@
+"""A trial's training step on real tensors, counted as the prediction counts a fake one: for comparisons of the two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_lab.adapters.attach import attach
+from lora_lab.adapters.cohort.trunk import Trunk
+from lora_lab.data.encode import Encoded
+from lora_lab.models.load import load_base
+from lora_lab.models.loss_token_logits import loss_token_logits
+from lora_lab.models.ragged import why_not_ragged
+from lora_lab.models.shared_copy import shared_copy
+from lora_lab.plan.cohorts import why_not_fused
+from lora_lab.plan.prediction import LongestRows
+from lora_lab.schema.trial import Trial
+from lora_lab.train.checkpointing import decoder_layers, enable_checkpointing
+from lora_lab.train.forward import Alone, Together
+from lora_lab.train.member import member_of
+from lora_lab.train.probe import Probe, probe_step
+from tests.stepping import CPU
+
+
+def real_step(trial: Trial, rows: LongestRows, cache: Path, *, block_bytes: int = 1) -> Probe:
+    """The probe step that a run alone takes on a CPU, on rows of these lengths."""
+    base = load_base(
+        trial.model, precision=trial.training.precision, quantization=trial.quantization, device=CPU, cache=cache
+    )
+    plain = base.model
+    attached = attach(shared_copy(plain), trial, tokenizer=base.tokenizer, steps=1000)
+    examples = [
+        Encoded((7,) * length, tuple(place >= length - counted for place in range(length)), cut=False)
+        for length, counted in zip(rows.lengths, rows.loss_tokens, strict=True)
+    ]
+    member = member_of(trial, attached, examples, name="real")
+    attached.model.train()
+    if (why_not_fused(trial) or why_not_ragged(plain, longest=max(rows.lengths))) is None:
+        trunk = Trunk(plain)
+        enable_checkpointing(trunk.model, trial.training.gradient_checkpointing)
+        trunk.join(member.name, attached.model)
+        return probe_step(
+            Together(trunk), attached.model, member, layers=decoder_layers(trunk.model), block_bytes=block_bytes
+        )
+    model = attached.model
+    enable_checkpointing(model, trial.training.gradient_checkpointing)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with loss_token_logits(model) as head:
+        forward = Alone(head, pad_id=base.model.config.pad_token_id, device=CPU)
+        return probe_step(forward, model, member, layers=decoder_layers(inner), block_bytes=block_bytes)
