@@ -71,6 +71,8 @@ def _needs(prediction: Prediction, against: Against) -> str:
     if device.context_bytes:
         counted.append(f"{bytes_text(device.context_bytes)} of CUDA context beside it")
     needed = needed_bytes(prediction, device)
+    if workspace := needed - device.context_bytes - (prediction.peak_reserved_bytes or prediction.peak_allocated_bytes):
+        counted.append(f"{bytes_text(workspace)} of cuBLAS workspace that this device has more than most")
     return (
         f"is predicted not to fit: needs {bytes_text(needed)} ({', '.join(counted)}), "
         f"{bytes_text(needed - device.total_bytes)} more than the {bytes_text(device.total_bytes)} of {device.name} "

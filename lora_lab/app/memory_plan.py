@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_lab.app.memory_device import Against, named_device, own_machine_id, whole_device
-from lora_lab.app.memory_explained import explain
 from lora_lab.app.memory_predicted import Predictor, progress_of
 from lora_lab.app.own_flags import DEVICE, EXPLAIN, OwnFlags
 from lora_lab.app.planning import Plan, cache_folder
@@ -21,8 +21,13 @@ from lora_lab.report.terminal_memory import SECONDS, MemoryPlan, MemoryRow, bar_
 from lora_lab.schema.trial import Lab
 from lora_lab.study.predicted_time import Speeds
 
+if TYPE_CHECKING:
+    from lora_lab.app.memory_explained import Drawing
+
 # Each is a page to read, and a drawing as high as the terminal.
 _MOST_PAGES = 8
+
+Key = tuple[str, int]
 
 
 def plan_memory(plan: Plan, asked: OwnFlags) -> int:
@@ -38,7 +43,7 @@ def plan_memory(plan: Plan, asked: OwnFlags) -> int:
     against = _against(asked, plan.lab)
     predictor = Predictor(against.kind, plan.lab.memory.style, cache_folder(plan.lab))
     speeds = _speeds(plan.lab)
-    known: dict[tuple[str, int], MemoryRow] = {}
+    known: dict[Key, MemoryRow] = {}
     jobs = {(job.fingerprint, job.repeat): job for job in plan.jobs}
     originals = [row for row in plan.rows if row.state != "duplicate"]
     with progress_of(len(originals)) as advance:
@@ -46,7 +51,7 @@ def plan_memory(plan: Plan, asked: OwnFlags) -> int:
             key = row.fingerprint, row.repeat
             known[key] = _memory_row(row, jobs[key], against, predictor, speeds)
             advance()
-    drawings = explain(plan, known, predictor, width=bar_width()) if asked.explain else {}
+    drawings = _drawings(plan, known, predictor) if asked.explain else {}
     pages = {key: str(drawing.path) for key, drawing in drawings.items()}
     rows = tuple(_listed(row, known, pages) for row in plan.rows)
     print_memory_plan(MemoryPlan(rows, against.device, against.kind), as_json=asked.as_json)
@@ -56,9 +61,13 @@ def plan_memory(plan: Plan, asked: OwnFlags) -> int:
     return 0
 
 
-def _listed(
-    row: PlanRow, known: Mapping[tuple[str, int], MemoryRow], pages: Mapping[tuple[str, int], str]
-) -> MemoryRow:
+def _drawings(plan: Plan, known: Mapping[Key, MemoryRow], predictor: Predictor) -> Mapping[Key, Drawing]:
+    from lora_lab.app.memory_explained import explain  # figures and page templates, for who asks for them
+
+    return explain(plan, known, predictor, width=bar_width())
+
+
+def _listed(row: PlanRow, known: Mapping[Key, MemoryRow], pages: Mapping[Key, str]) -> MemoryRow:
     if row.state == "duplicate":
         return MemoryRow(row, None, None, None, {})
     key = row.fingerprint, row.repeat

@@ -21,6 +21,7 @@ PEAK = "predicted_peak_allocated_bytes"
 SECONDS = "predicted_train_seconds"
 _TITLES = {"quantization_constants": "constants", "optimizer_state": "optimizer"}
 _NAMED = 3
+_ID_DIGITS = 8
 _WIDEST = 100
 _GIB = 2**30
 
@@ -60,11 +61,12 @@ def print_memory_plan(plan: MemoryPlan, *, as_json: bool = False, stream: TextIO
         return
     console = console_for(stream)
     shown = [row for row in plan.rows if row.row.state != "duplicate"]
-    print_grid(console, _sizes(shown, plan.kind))
+    labels = _labels([row.row for row in shown])
+    print_grid(console, _sizes(shown, labels, plan.kind))
     print_line(console, "")
-    print_grid(console, _parts(shown))
+    print_grid(console, _parts(shown, labels))
     print_line(console, plan_counts([row.row for row in plan.rows]))
-    for line in [*_device_lines(plan), *_grounds(shown), *_missing_lines(shown)]:
+    for line in [*_device_lines(plan), *_grounds(shown, labels), *_missing_lines(shown, labels)]:
         print_line(console, line, style="dim")
 
 
@@ -103,7 +105,23 @@ def memory_json(row: MemoryRow) -> dict[str, Any]:
     return {**plain, "missing": missing, PEAK: peak, "memory": memory}
 
 
-def _sizes(rows: Sequence[MemoryRow], kind: DeviceKind) -> Grid:
+def _labels(rows: Sequence[PlanRow]) -> list[str]:
+    """Names; where several trials have one, each with the overrides that not all of them have, or with its id."""
+    alike: dict[str, list[PlanRow]] = {}
+    for row in rows:
+        alike.setdefault(row.name, []).append(row)
+    return [_label(row, alike[row.name]) for row in rows]
+
+
+def _label(row: PlanRow, alike: Sequence[PlanRow]) -> str:
+    repeat = [f"(repeat {row.repeat})"] if row.repeat else []
+    own = [one for one in row.overrides if not all(one in other.overrides for other in alike)]
+    if len(alike) > 1 and sum(other.overrides == row.overrides for other in alike) > 1:
+        own = [row.fingerprint[:_ID_DIGITS]]
+    return " ".join([row.name, *own, *repeat])
+
+
+def _sizes(rows: Sequence[MemoryRow], labels: Sequence[str], kind: DeviceKind) -> Grid:
     is_cuda = kind == "cuda"
     columns = (
         Column("run"),
@@ -115,14 +133,13 @@ def _sizes(rows: Sequence[MemoryRow], kind: DeviceKind) -> Grid:
         Column("side by side", is_number=True),
         Column("time here", is_number=True, is_optional=True),
     )
-    return Grid(columns, tuple(_size_cells(row, is_cuda) for row in rows))
+    return Grid(columns, tuple((label, *_size_cells(row, is_cuda)) for label, row in zip(labels, rows, strict=True)))
 
 
 def _size_cells(row: MemoryRow, is_cuda: bool) -> tuple[str, ...]:
     prediction, fit = row.prediction, row.fit
     trainable = row.row.trainable_parameters if prediction is None else prediction.trainable_parameters
     return (
-        _name(row),
         count_text(trainable),
         bytes_text(None if prediction is None else prediction.peak_allocated_bytes),
         *([bytes_text(None if prediction is None else prediction.peak_reserved_bytes)] if is_cuda else []),
@@ -140,7 +157,7 @@ def fit_text(fit: Fit) -> str:
     return f"no, {bytes_text(-fit.headroom_bytes)} short"
 
 
-def _parts(rows: Sequence[MemoryRow]) -> Grid:
+def _parts(rows: Sequence[MemoryRow], labels: Sequence[str]) -> Grid:
     is_paged = any(row.prediction is not None and row.prediction.paged_bytes for row in rows)
     columns = (
         Column("of the peak"),
@@ -148,19 +165,15 @@ def _parts(rows: Sequence[MemoryRow]) -> Grid:
         *([Column("paged, beside it", is_number=True)] if is_paged else []),
         Column("in", is_optional=True),
     )
-    return Grid(columns, tuple(_part_cells(row, is_paged) for row in rows))
+    return Grid(columns, tuple((label, *_part_cells(row, is_paged)) for label, row in zip(labels, rows, strict=True)))
 
 
 def _part_cells(row: MemoryRow, is_paged: bool) -> tuple[str, ...]:
     prediction = row.prediction
     if prediction is None:
-        return (_name(row), *[UNKNOWN] * (len(PARTS) + is_paged + 1))
+        return (UNKNOWN,) * (len(PARTS) + is_paged + 1)
     paged = [bytes_text(prediction.paged_bytes)] if is_paged else []
-    return (_name(row), *(bytes_text(prediction.parts[part]) for part in PARTS), *paged, prediction.place)
-
-
-def _name(row: MemoryRow) -> str:
-    return row.row.name + (f" (repeat {row.row.repeat})" if row.row.repeat else "")
+    return (*(bytes_text(prediction.parts[part]) for part in PARTS), *paged, prediction.place)
 
 
 def _device_lines(plan: MemoryPlan) -> list[str]:
@@ -168,26 +181,35 @@ def _device_lines(plan: MemoryPlan) -> list[str]:
     gib = device.total_bytes / _GIB
     lines = [f"device: {device.name}, {bytes_text(device.total_bytes)} ({gib:.2f} GiB) in all; {device.source}"]
     if plan.kind == "cuda":
-        lines.append(
-            f"fits: reserved and the CUDA context ({bytes_text(device.context_bytes)}, in no other column) against all "
-            "of the device"
-        )
+        lines.append(f"fits: reserved, and what is in no other column ({_beside(plan)}), against all of the device")
     else:
         lines.append("fits: live tensors against all memory; Python and its libraries are in no column")
     return [*lines, "GB is 1e9 bytes, GiB is 2^30 bytes; the parts add up to peak allocated"]
 
 
-def _grounds(rows: Sequence[MemoryRow]) -> list[str]:
-    told = [(row.row.name, row.prediction) for row in rows if row.prediction is not None]
+def _beside(plan: MemoryPlan) -> str:
+    told = [f"{bytes_text(plan.device.context_bytes)} of CUDA context"]
+    more = {
+        row.fit.needed_bytes - plan.device.context_bytes - row.prediction.peak_reserved_bytes
+        for row in plan.rows
+        if row.fit is not None and row.prediction is not None and row.prediction.peak_reserved_bytes is not None
+    }
+    told += [f"{bytes_text(one)} of cuBLAS workspace that this device has more than most" for one in more if one]
+    return ", ".join(told)
+
+
+def _grounds(rows: Sequence[MemoryRow], labels: Sequence[str]) -> list[str]:
+    named = list(zip(labels, rows, strict=True))
+    told = [(name, row.prediction) for name, row in named if row.prediction is not None]
     lines = _by_text("row lengths", [(name, one.rows) for name, one in told])
     lines += _by_text("step", [(name, f"{one.style}, {one.how}") for name, one in told])
-    lines += _by_text("time here", [(row.row.name, row.grounds) for row in rows if row.grounds is not None])
+    lines += _by_text("time here", [(name, row.grounds) for name, row in named if row.grounds is not None])
     return lines + _by_text("note", [(name, note) for name, one in told for note in one.notes], out_of=len(told))
 
 
-def _missing_lines(rows: Sequence[MemoryRow]) -> list[str]:
+def _missing_lines(rows: Sequence[MemoryRow], labels: Sequence[str]) -> list[str]:
     def of(key: str) -> list[tuple[str, str]]:
-        return [(row.row.name, row.missing[key]) for row in rows if key in row.missing]
+        return [(name, row.missing[key]) for name, row in zip(labels, rows, strict=True) if key in row.missing]
 
     titles = {"prediction": "not predicted", "fit": "not known whether it fits", SECONDS: "no time here"}
     return [line for key, title in titles.items() for line in _by_text(title, of(key), out_of=len(rows))]

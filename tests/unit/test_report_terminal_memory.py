@@ -22,8 +22,20 @@ PARTS = {
     "optimizer_state": 33_554_432,
     "activations": 7_000_000_000,
     "temporary": 404_000_000,
+    "allocator": 20_000_000,
 }
-NUMBERS = ["13.5 GB", "12.3 MB", "16.8 MB", "33.6 MB", "7.00 GB", "404 MB", "21.0 GB", "21.2 GB", "4,194,304"]
+NUMBERS = [
+    "13.5 GB",
+    "12.3 MB",
+    "16.8 MB",
+    "33.6 MB",
+    "7.00 GB",
+    "404 MB",
+    "20.0 MB",
+    "21.0 GB",
+    "21.2 GB",
+    "4,194,304",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +77,9 @@ def plan(*rows: MemoryRow, kind: DeviceKind = "cuda") -> MemoryPlan:
     return MemoryPlan(rows, device_memory("h100"), kind)
 
 
-def fit(headroom: int, largest: int | None = 4) -> Fit:
+def fit(headroom: int, largest: int | None = 4, more: int = 0) -> Fit:
     device = device_memory("h100")
-    return Fit(device, headroom >= 0, device.total_bytes - headroom, headroom, largest, 9)
+    return Fit(device, headroom >= 0, 21_200_000_000 + device.context_bytes + more, headroom, largest, 9)
 
 
 def printed(one: MemoryPlan, stream: io.StringIO | None = None) -> str:
@@ -94,10 +106,15 @@ def test_what_does_not_fit_says_how_much_is_short() -> None:
 
 def test_a_cpu_has_nothing_reserved_and_says_what_is_compared() -> None:
     cuda, cpu = (printed(plan(row("a", fit(1), prediction(kind)), kind=kind)) for kind in ("cuda", "cpu"))
-    assert "reserved" in cuda.splitlines()[0] and "CUDA context (558 MB" in cuda
+    assert "reserved" in cuda.splitlines()[0] and "(558 MB of CUDA context)" in cuda
     assert "reserved" not in cpu and "fits: live tensors against all memory" in cpu
     for text in (cuda, cpu):
         assert "GB is 1e9 bytes, GiB is 2^30 bytes" in text and "79.11 GiB" in text
+
+
+def test_what_is_counted_beside_reserved_is_told() -> None:
+    text = printed(plan(row("a", fit(1, more=50_069_504), prediction())))
+    assert "(558 MB of CUDA context, 50.1 MB of cuBLAS workspace that this device has more than most)" in text
 
 
 def test_paged_states_have_a_column_where_there_are_any() -> None:
@@ -129,3 +146,21 @@ def test_a_drawing_is_plain_in_a_pipe_that_lacks_its_signs() -> None:
     print_drawing("lora", ["▁▂█"], "lab/plans/lora.html", stream=stream)
     assert stream.getvalue().isascii() and "page: lab/plans/lora.html" in stream.getvalue()
     assert bar_width(stream) == 100
+
+
+def test_trials_of_one_name_are_told_apart() -> None:
+    micro = [("rank=8", "training.micro_batch_size=1"), ("rank=8", "training.micro_batch_size=4")]
+    same = [("rank=2",), ("rank=2",)]
+    rows = [_plan_row("a", overrides=own) for own in micro]
+    rows += [_plan_row("b", overrides=own, fingerprint=digit * 64) for own, digit in zip(same, "cd", strict=True)]
+    rows += [_plan_row("alone", overrides=("seed=1",)), _plan_row("a-repeat", repeat=2)]
+    text = printed(plan(*(MemoryRow(one, prediction(), fit(1), None, {}) for one in rows)))
+    names = [line.split("  ")[0] for line in text.splitlines()[1:7]]
+    assert names == [
+        "a training.micro_batch_size=1",
+        "a training.micro_batch_size=4",
+        "b cccccccc",
+        "b dddddddd",
+        "alone",
+        "a-repeat (repeat 2)",
+    ]
