@@ -15,8 +15,9 @@ from typing import Any
 
 from lora_lab.memory.allocator import allocator_peaks
 from lora_lab.plan.devices import WORKSPACE_BYTES
-from lora_lab.plan.prediction import DeviceKind, LongestRows
+from lora_lab.plan.prediction import DeviceKind, LongestRows, Style
 from lora_lab.plan.timeline import PARTS, START, Event, Moment, Place
+from lora_lab.predict.styles.litgpt import litgpt_step
 from lora_lab.predict.traced_step import TracedStep, traced_step
 from lora_lab.schema.trial import Trial
 from lora_lab.schema.weight_methods import Freeze, Lisa
@@ -45,19 +46,25 @@ class Estimate:
         return self.peak.parts["allocator"]
 
 
-def estimate(trial: Trial, rows: LongestRows, config: Any, *, device_kind: DeviceKind) -> Estimate:
-    """Traces in full, or from two depths where that is exact; raises as `traced_step` does."""
+def estimate(
+    trial: Trial, rows: LongestRows, config: Any, *, device_kind: DeviceKind, style: Style = "own"
+) -> Estimate:
+    """Traces in full, or from two depths where that is exact; raises as `traced_step` and `litgpt_step` do."""
+    if style == "litgpt":
+        return _of(litgpt_step(trial, rows, device_kind=device_kind), device_kind, how="in full: lit-gpt's own model")
+    labelled = style == "hf"
     depth = int(config.num_hidden_layers)
     why_full = _why_in_full(trial, config)
     if why_full is not None:
-        return _of(traced_step(trial, rows, config, device_kind=device_kind), device_kind, how=f"in full: {why_full}")
+        step = traced_step(trial, rows, config, device_kind=device_kind, labelled=labelled)
+        return _of(step, device_kind, how=f"in full: {why_full}")
     low, high = (
-        traced_step(trial, rows, _with_layers(config, layers), device_kind=device_kind)
+        traced_step(trial, rows, _with_layers(config, layers), device_kind=device_kind, labelled=labelled)
         for layers in (_SHALLOW, _DEEPER)
     )
     places_low, places_high = _by_place(low, _SHALLOW), _by_place(high, _DEEPER)
     if places_low.keys() != places_high.keys():
-        step = traced_step(trial, rows, config, device_kind=device_kind)
+        step = traced_step(trial, rows, config, device_kind=device_kind, labelled=labelled)
         return _of(step, device_kind, how="in full: its places differ with depth")
     moments = [_line(places_low[place], moment, depth) for place, moment in places_high.items()]
     first, second = _of(low, device_kind, how=""), _of(high, device_kind, how="")

@@ -19,6 +19,7 @@ from lora_lab.plan.timeline import Timeline
 from lora_lab.predict.depths import Estimate, estimate
 from lora_lab.predict.fake_model import Unpredictable, model_config
 from lora_lab.predict.longest import longest_rows, rows_of
+from lora_lab.predict.styles.litgpt import litgpt_step
 from lora_lab.predict.traced_step import traced_step
 from lora_lab.record.atomic import read_json, write_json
 from lora_lab.schema.trial import Trial
@@ -58,14 +59,17 @@ def predict(
 def trace(trial: Trial, rows: LongestRows, *, device_kind: DeviceKind, style: Style = "own") -> Timeline:
     """The course of memory over one step, traced in full; raises as `predict` does."""
     try:
-        return traced_step(trial, rows, model_config(trial), device_kind=device_kind).timeline
+        if style == "litgpt":
+            return litgpt_step(trial, rows, device_kind=device_kind).timeline
+        config = model_config(trial)
+        return traced_step(trial, rows, config, device_kind=device_kind, labelled=style == "hf").timeline
     except LabError as error:
         raise Unpredictable(str(error)) from error
 
 
 def _predicted(trial: Trial, rows: LongestRows, device_kind: DeviceKind, style: Style) -> Prediction | str:
     try:
-        found = estimate(trial, rows, model_config(trial), device_kind=device_kind)
+        found = estimate(trial, rows, model_config(trial), device_kind=device_kind, style=style)
     except Unpredictable as error:
         return error.reason
     except LabError as error:

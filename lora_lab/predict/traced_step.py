@@ -32,6 +32,7 @@ from lora_lab.plan.cohorts import why_not_fused
 from lora_lab.plan.prediction import DeviceKind, LongestRows
 from lora_lab.plan.timeline import Timeline
 from lora_lab.predict.fake_model import fake_base, fake_mode, fakes_move_as_modules
+from lora_lab.predict.styles.hf import LabelledForward
 from lora_lab.schema.expert_methods import Loramoe
 from lora_lab.schema.optimization import Constant
 from lora_lab.schema.trial import Trial
@@ -55,8 +56,12 @@ class TracedStep:
     rows: str
 
 
-def traced_step(trial: Trial, rows: LongestRows, config: Any, *, device_kind: DeviceKind) -> TracedStep:
+def traced_step(
+    trial: Trial, rows: LongestRows, config: Any, *, device_kind: DeviceKind, labelled: bool = False
+) -> TracedStep:
     """A step of `trial` on its longest micro-batch. config: of its model, with any number of layers.
+
+    labelled: the model is called with labels, as transformers' Trainer calls it.
 
     Raises:
         Unpredictable: the model cannot be built.
@@ -70,7 +75,7 @@ def traced_step(trial: Trial, rows: LongestRows, config: Any, *, device_kind: De
         attached = attach(shared_copy(base), trial, tokenizer=_WordsOfNoMeaning(), steps=_STEPS, has_values=False)
     member = _member(trial, attached, rows, mode, device_kind)
     attached.model.train()
-    forwards = _forward(trial, base, attached, member, longest=max(rows.lengths))
+    forwards = (_labelled if labelled else _forward)(trial, base, attached, member, longest=max(rows.lengths))
     with forwards as (forward, network, how), _LargeOnesFake(mode):
         step = probe_step(forward, attached.model, member, layers=decoder_layers(network), block_bytes=block)
     paged = [state for state in state_tensors(member.optimizer) if getattr(state, "is_paged", False)]
@@ -196,6 +201,16 @@ def _forward(
     with loss_token_logits(model) as head:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         yield Alone(head, pad_id=0, device=_CPU), inner, f"padded: {why_padded}"
+
+
+@contextlib.contextmanager
+def _labelled(
+    trial: Trial, base: Any, attached: Attached, member: Member, *, longest: int
+) -> Iterator[tuple[Forward, Any, str]]:
+    model = attached.model
+    enable_checkpointing(model, trial.training.gradient_checkpointing)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    yield LabelledForward(model, pad_id=0, device=_CPU), inner, "padded, as transformers is given them"
 
 
 def _rounded(tensors: Sequence[Tensor], block: int) -> int:
