@@ -103,14 +103,19 @@ def _on_fakes(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
-def _member(
-    trial: Trial, attached: Attached, rows: LongestRows, mode: FakeTensorMode, device_kind: DeviceKind
-) -> Member:
+def stand_ins(trial: Trial, rows: LongestRows) -> list[Encoded]:
+    """Examples of the lengths of `rows`; their ids mean nothing."""
     kind = trial.method.groups[0] if isinstance(trial.method, Loramoe) else None
-    examples = [
+    return [
         Encoded((0,) * length, tuple(place >= length - counted for place in range(length)), cut=False, type=kind)
         for length, counted in zip(rows.lengths, rows.loss_tokens, strict=True)
     ]
+
+
+def _member(
+    trial: Trial, attached: Attached, rows: LongestRows, mode: FakeTensorMode, device_kind: DeviceKind
+) -> Member:
+    examples = stand_ins(trial, rows)
     # Neither schedule nor number of steps is in a step's memory, and both may ask for more rows than are given here.
     plain = trial.model_copy(
         update={
