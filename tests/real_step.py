@@ -6,13 +6,13 @@ from pathlib import Path
 
 from lora_lab.adapters.attach import attach
 from lora_lab.adapters.cohort.trunk import Trunk
-from lora_lab.data.encode import Encoded
 from lora_lab.models.load import load_base
 from lora_lab.models.loss_token_logits import loss_token_logits
 from lora_lab.models.ragged import why_not_ragged
 from lora_lab.models.shared_copy import shared_copy
 from lora_lab.plan.cohorts import why_not_fused
 from lora_lab.plan.prediction import LongestRows
+from lora_lab.predict.traced_step import stand_ins
 from lora_lab.schema.trial import Trial
 from lora_lab.train.checkpointing import decoder_layers, enable_checkpointing
 from lora_lab.train.forward import Alone, Together
@@ -28,11 +28,7 @@ def real_step(trial: Trial, rows: LongestRows, cache: Path, *, block_bytes: int 
     )
     plain = base.model
     attached = attach(shared_copy(plain), trial, tokenizer=base.tokenizer, steps=1000)
-    examples = [
-        Encoded((7,) * length, tuple(place >= length - counted for place in range(length)), cut=False)
-        for length, counted in zip(rows.lengths, rows.loss_tokens, strict=True)
-    ]
-    member = member_of(trial, attached, examples, name="real")
+    member = member_of(trial, attached, stand_ins(trial, rows), name="real")
     attached.model.train()
     if (why_not_fused(trial) or why_not_ragged(plain, longest=max(rows.lengths))) is None:
         trunk = Trunk(plain)

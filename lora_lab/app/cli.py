@@ -17,7 +17,10 @@ from lora_lab.errors import LabError, MachineError, nearest
 # Command -> module with `main(arguments) -> exit code`, imported on demand, so that `plan` stays torch-free; and help.
 COMMANDS = {
     "run": ("lora_lab.app.hydra_commands", "train and score one trial, a sweep (-m), or a study (-m study=NAME)"),
-    "plan": ("lora_lab.app.hydra_commands", "what `run` would do: trials, duplicates, already done, parameters, steps"),
+    "plan": (
+        "lora_lab.app.hydra_commands",
+        "what `run` would do: trials, duplicates, parameters, steps; --memory: what each takes, and whether it fits",
+    ),
     "runs": ("lora_lab.app.ledger_commands", "list the ledger, or export a slice of it (--format csv|parquet|json)"),
     "report": ("lora_lab.app.report_command", "the page of a study, or of the whole ledger: one HTML file"),
     "compare": ("lora_lab.app.ledger_commands", "two runs: difference of configuration, paired difference of scores"),

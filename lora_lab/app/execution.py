@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_lab.app.own_flags import OwnFlags
 from lora_lab.app.planning import Plan, cache_folder
 from lora_lab.app.report_command import draw_page
 from lora_lab.errors import InputError, Problem
@@ -24,23 +25,29 @@ from lora_lab.schema.stopping import Stopping
 from lora_lab.study.table import settings_table
 
 
-def carry_out(plan: Plan, *, command: str, as_json: bool) -> int:
+def carry_out(plan: Plan, *, command: str, own: OwnFlags) -> int:
     """The exit code of `plan` or `run`."""
+    if command == "plan" and own.memory:
+        from lora_lab.app.memory_plan import plan_memory
+
+        return plan_memory(plan, own)
     if command == "plan":
-        print_plan(plan.rows, as_json=as_json)
+        print_plan(plan.rows, as_json=own.as_json)
         return 0
     root, study = Path(plan.lab.root), None if plan.study is None else plan.study.name
     with WandbTracker(plan.lab.tracking, root, cache=cache_folder(plan.lab), study=study) as tracker:
-        return _run(plan, tracker, as_json=as_json)
+        return _run(plan, tracker, as_json=own.as_json)
 
 
 def _run(plan: Plan, tracker: WandbTracker, *, as_json: bool) -> int:
+    from lora_lab.app.memory_check import refuse_what_does_not_fit
     from lora_lab.launch.local import run_jobs  # torch from here on: `plan` above does without
     from lora_lab.report.progress import Progress
 
     cache = cache_folder(plan.lab)
     ledger = Ledger(Path(plan.lab.root))
     _check_before_loading(plan, ledger)
+    refuse_what_does_not_fit(plan)
     for note in plan.notes:
         print(note, file=sys.stderr)
     folder = _begin(plan)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 
+from lora_lab.app.own_flags import OWN_FLAGS
 from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.plan.paths import existing
 from lora_lab.plan.strict_yaml import read_yaml
@@ -28,7 +29,7 @@ def parse_flags(command: str, arguments: Sequence[str]) -> argparse.Namespace:
         flags, unknown = parser.parse_known_intermixed_args(list(arguments))
     except argparse.ArgumentError as error:
         raise InputError(Problem(str(error.argument_name), error.message)) from None
-    known = sorted({*parser._option_string_actions, "--json"})
+    known = sorted({*parser._option_string_actions, *OWN_FLAGS})
     problems = [Problem(one, "unknown flag" + nearest(one, known)) for one in unknown if one.startswith("-")]
     chosen = [mode for mode in _MODES if getattr(flags, mode)]
     if "cfg" in chosen and "multirun" in chosen:

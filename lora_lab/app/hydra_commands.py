@@ -35,6 +35,8 @@ from lora_lab.app.hydra_settings import (
 )
 from lora_lab.app.interpolation import first_line
 from lora_lab.app.locations import conf_folder
+from lora_lab.app.memory_device import device_problems
+from lora_lab.app.own_flags import take_own_flags
 from lora_lab.app.planning import make_plan
 from lora_lab.app.request import gather, single
 from lora_lab.app.session import Session, activated, active_session
@@ -42,17 +44,16 @@ from lora_lab.errors import InputError, Problem
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`arguments`: the command's name, then Hydra's flags and overrides, and `--json`."""
-    command, *rest = arguments
-    as_json = "--json" in rest
-    rest = [argument for argument in rest if argument != "--json"]
+    """`arguments`: the command's name, then Hydra's flags and overrides, and the lab's own flags (`own_flags`)."""
+    command = arguments[0]
+    own, rest = take_own_flags(command, arguments[1:])
     flags = parse_flags(command, rest)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as exceptions; none is printed as a traceback
     if flags.help or flags.hydra_help or flags.info or flags.shell_completion:
         _run_hydra(command, rest)
         return 0
-    session = Session(functools.partial(carry_out, command=command, as_json=as_json))
-    texts = _prepare(session, flags)
+    session = Session(functools.partial(carry_out, command=command, own=own))
+    texts = _prepare(session, flags, device_problems(own))
     with activated(session):
         _run_hydra(command, [argument for argument in rest if argument not in flags.overrides] + texts)
     if session.error is not None:
@@ -60,8 +61,10 @@ def main(arguments: Sequence[str]) -> int:
     return session.exit_code
 
 
-def _prepare(session: Session, flags: argparse.Namespace) -> list[str]:
+def _prepare(session: Session, flags: argparse.Namespace, of_flags: list[Problem]) -> list[str]:
     """Composes and judges everything; returns the overrides as Hydra should get them (`model=./folder` spelt out).
+
+    of_flags: problems of the lab's own flags, told with the others.
 
     Raises:
         InputError: with every problem of the command line.
@@ -69,7 +72,7 @@ def _prepare(session: Session, flags: argparse.Namespace) -> list[str]:
     loader = config_loader(primary=_primary(flags), extra=check_flags(flags))
     checked = checks.check(flags.overrides)
     hydra_own = [one for one in checked.overrides if one.key_or_group.startswith("hydra")]
-    problems = [*checked.problems, *plugin_problems(hydra_own, loader)]
+    problems = [*of_flags, *checked.problems, *plugin_problems(hydra_own, loader)]
     lines = [_text(one) for one in hydra_own if one.key_or_group not in {known.where for known in problems}]
     master = load_master(loader, flags, lines)
     composer = Composer(loader, master)

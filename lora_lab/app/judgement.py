@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from lora_lab.app.changes import set_value, top, value_at
 from lora_lab.app.compose import Composition
+from lora_lab.app.memory_device import named_device
 from lora_lab.data.jsonl import check_jsonl
 from lora_lab.data.row_types import group_problems
 from lora_lab.data.skills import check_mixture, check_skills_identity
@@ -158,6 +159,8 @@ def _read(
 ) -> tuple[Lab | None, Trial]:
     of_lab, of_trial = Findings(), {key: value for key, value in mapping.items() if key not in LAB_KEYS}
     lab = of_lab.attempt(lambda: read_lab({key: value for key, value in mapping.items() if key in LAB_KEYS}))
+    if lab is not None and lab.memory.device is not None:
+        of_lab.attempt(functools.partial(named_device, lab.memory.device, where="memory.device"))
     found.add(problem for problem in of_lab if top(problem.where) not in point.doubtful)
     examined = examine_trial(of_trial, left_out=point.doubtful)
     found.add(examined.problems)

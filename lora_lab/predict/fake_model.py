@@ -95,7 +95,11 @@ def _quantize(network: Any, trial: Trial, dtype: torch.dtype) -> None:
         return
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-    replace_with_bnb_linear(network, ["lm_head"], settings)
+    with torch.device("meta"):
+        replace_with_bnb_linear(network, ["lm_head"], settings)
+    for layer in network.modules():
+        if getattr(layer, "source_cls", None) is not None and layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)  # biases are not quantized
     network.is_quantized = True
     network.is_loaded_in_8bit = trial.quantization.kind == "int8"
     network.is_loaded_in_4bit = not network.is_loaded_in_8bit

@@ -73,17 +73,19 @@ def traced_step(
     base_bytes = _rounded([*base.parameters(), *base.buffers(), *quantization_constants(base)], block)
     with _on_fakes(mode):
         attached = attach(shared_copy(base), trial, tokenizer=_WordsOfNoMeaning(), steps=_STEPS, has_values=False)
-    member = _member(trial, attached, rows, mode)
+    member = _member(trial, attached, rows, mode, device_kind)
     attached.model.train()
     forwards = (_labelled if labelled else _forward)(trial, base, attached, member, longest=max(rows.lengths))
     with forwards as (forward, network, how), _LargeOnesFake(mode):
         step = probe_step(forward, attached.model, member, layers=decoder_layers(network), block_bytes=block)
-    paged = _paged_tensors(member.optimizer) if device_kind == "cuda" else []
+    paged = [state for state in state_tensors(member.optimizer) if getattr(state, "is_paged", False)]
     return TracedStep(step.timeline, count_parameters(attached.model), base_bytes, _rounded(paged, block), how)
 
 
 # Of the schedules that depend on it (AdaLoRA's budget) nothing is in a step's memory but that training has not ended.
 _STEPS = 1000
+# From this size on bitsandbytes pages a state, where that is asked for (`Optimizer8bit.get_state_buffer`).
+_PAGED_ELEMENTS = 100_000
 
 
 class _WordsOfNoMeaning:
@@ -101,12 +103,19 @@ def _on_fakes(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
-def _member(trial: Trial, attached: Attached, rows: LongestRows, mode: FakeTensorMode) -> Member:
+def stand_ins(trial: Trial, rows: LongestRows) -> list[Encoded]:
+    """Examples of the lengths of `rows`; their ids mean nothing."""
     kind = trial.method.groups[0] if isinstance(trial.method, Loramoe) else None
-    examples = [
+    return [
         Encoded((0,) * length, tuple(place >= length - counted for place in range(length)), cut=False, type=kind)
         for length, counted in zip(rows.lengths, rows.loss_tokens, strict=True)
     ]
+
+
+def _member(
+    trial: Trial, attached: Attached, rows: LongestRows, mode: FakeTensorMode, device_kind: DeviceKind
+) -> Member:
+    examples = stand_ins(trial, rows)
     # Neither schedule nor number of steps is in a step's memory, and both may ask for more rows than are given here.
     plain = trial.model_copy(
         update={
@@ -119,7 +128,7 @@ def _member(trial: Trial, attached: Attached, rows: LongestRows, mode: FakeTenso
 
     def build_on_fakes() -> torch.optim.Optimizer:
         member.optimizer = build()
-        _without_values(member.optimizer, mode)
+        _without_values(member.optimizer, mode, device_kind)
         return member.optimizer
 
     member.build_optimizer = build_on_fakes
@@ -160,27 +169,23 @@ class _LargeOnesFake(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         return math.prod(args[0])
 
 
-def _without_values(optimizer: Any, mode: FakeTensorMode) -> None:
-    """bitsandbytes makes its states on fake tensors, and updates nothing."""
+def _without_values(optimizer: Any, mode: FakeTensorMode, device_kind: DeviceKind) -> None:
+    """bitsandbytes makes its states on fake tensors, and updates nothing. On CUDA it pages large ones, where asked."""
     inner = getattr(optimizer, "inner", optimizer)
     if not hasattr(inner, "init_state"):
         return
-    make = inner.init_state
+    make, pages = inner.init_state, inner.is_paged and device_kind == "cuda"
 
-    def init_state(*place: Any) -> None:
+    def init_state(group: Any, parameter: Tensor, *place: Any) -> None:
         with mode:
-            make(*place)
+            make(group, parameter, *place)
+        states = [state for state in inner.state[parameter].values() if isinstance(state, Tensor)]
+        for state in states:
+            state.is_paged = pages and state.numel() >= _PAGED_ELEMENTS  # type: ignore[attr-defined]
 
     inner.init_state = init_state
     inner.update_step = lambda *_: None
-    inner.is_paged, inner.was_paged = False, inner.is_paged  # there is nothing to fetch
-
-
-def _paged_tensors(optimizer: Any) -> list[Tensor]:
-    """States that bitsandbytes pages on CUDA: those of at least 100,000 elements."""
-    inner = getattr(optimizer, "inner", optimizer)
-    states = state_tensors(optimizer) if getattr(inner, "was_paged", False) else []
-    return [state for state in states if state.numel() >= 100_000]
+    inner.is_paged = False  # there is nothing to fetch
 
 
 @contextlib.contextmanager

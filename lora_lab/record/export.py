@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from lora_lab.record.atomic import write_bytes
 from lora_lab.record.flat import dotted
+from lora_lab.record.predicted_peak import ERROR, peaks_of
 from lora_lab.record.run_record import RunRecord
 
 Row = dict[str, Any]
@@ -22,8 +23,8 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 def rows_of(records: Iterable[RunRecord]) -> list[Row]:
     """One flat row per run: identity, outcome, the trial's dotted keys, metrics, measurements.
 
-    A metric NAME has a second column `NAME:standard_error` (over examples). What was not measured is absent from the
-    row; `missing` says why, as JSON text.
+    A metric NAME has a second column `NAME:standard_error` (over examples). The error of the predicted peak is a
+    fraction of the measured one. What was not measured is absent from the row; `missing` says why, as JSON text.
     """
     return [_row(record) for record in records]
 
@@ -51,6 +52,8 @@ def _row(record: RunRecord) -> Row:
             "total_parameters": result.total_parameters,
             "predicted_peak_allocated_bytes": result.predicted_peak_allocated_bytes,
         }
+        if (peaks := peaks_of(result)) is not None:
+            row[ERROR] = peaks.error
         for name, metric in result.metrics.items():
             row[name] = metric.value
             row[f"{name}:standard_error"] = metric.standard_error

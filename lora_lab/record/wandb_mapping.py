@@ -19,6 +19,7 @@ from lora_lab.plan.readable import without_seed
 from lora_lab.record.cohort_facts import SHARED, CohortFacts
 from lora_lab.record.environment import without_user_info
 from lora_lab.record.parents import START
+from lora_lab.record.predicted_peak import ERROR, peaks_of, predicted_parts
 from lora_lab.record.result import Result, Status
 from lora_lab.record.run_record import ADAPTER_FOLDER, EVAL_FOLDER, RESULT_FILE, RunHeader
 
@@ -134,7 +135,8 @@ def score_row(result: Result | None) -> dict[str, float | int] | None:
 
 def summary_of(header: RunHeader, result: Result | None, *, state: str) -> dict[str, Any]:
     """The final numbers. Bytes, seconds, counts and reasons have the names they have in `result.json`, but for what the
-    runs of a cohort share: that is under `cohort/`.
+    runs of a cohort share: that is under `cohort/`. The predicted peak stands beside the measured one with its error,
+    and with its parts where they were kept.
 
     `state` stands where there is no result: the process was killed.
     """
@@ -144,6 +146,8 @@ def summary_of(header: RunHeader, result: Result | None, *, state: str) -> dict[
         "trainable_parameters": result.trainable_parameters,
         "total_parameters": result.total_parameters,
         "predicted_peak_allocated_bytes": result.predicted_peak_allocated_bytes,
+        ERROR: None if (peaks := peaks_of(result)) is None else peaks.error,
+        "predicted_parts_bytes": predicted_parts(result) or None,
     }
     trained = {name: one.value for name, one in result.metrics.items() if name.startswith(_OF_TRAINING)}
     scores = score_row(result) or {}

@@ -1,27 +1,12 @@
-"""The report page: one self-contained HTML file about a study, or about the whole ledger.
-
-Everything is computed and written as text here; the page's own script only sorts, draws and shows. Untrusted text
-(names, reasons, what a model wrote) goes through the template's escaping or into JSON blocks, from which the script
-sets it as text. A content security policy lets nothing but the two scripts run, which are known by hash, and nothing
-be fetched.
-"""
+"""The report page: one self-contained HTML file about a study, or about the whole ledger (`self_contained`)."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-from lora_lab import __version__
 from lora_lab.record.atomic import write_text
 from lora_lab.record.environment import utc_now
 from lora_lab.report.cohort_words import alone_sentences
@@ -32,11 +17,10 @@ from lora_lab.report.page_ranking import ranking_view
 from lora_lab.report.page_runs import run_blocks, run_columns, run_notes, run_rows
 from lora_lab.report.page_settings import settings_data, table_view
 from lora_lab.report.page_words import METHOD, effects_view, facts, sections
+from lora_lab.report.self_contained import rendered
 from lora_lab.report.sentence import answer_sentence
 from lora_lab.schema.study import Source
 from lora_lab.study.findings import Findings
-
-_STATIC = Path(__file__).parent / "static"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +81,7 @@ def draw_page(subject: Subject, findings: Findings, *, folder: Path) -> str:
         "drawn_at": utc_now()[:16].replace("T", " ") + " UTC",
     }
     page["sections"] = sections(page)
-    return _rendered(page, blocks)
+    return rendered("page.html.j2", page, blocks)
 
 
 def _link(target: Path, folder: Path) -> str:
@@ -110,51 +94,3 @@ def _source(source: Source | None) -> dict[str, str | None] | None:
         return None
     is_web = source.url is not None and source.url.startswith(("https://", "http://"))
     return {"title": source.title or source.url, "url": source.url if is_web else None, "notes": source.notes}
-
-
-def _rendered(page: Mapping[str, Any], blocks: Mapping[str, Any]) -> str:
-    plotly, script = _plotly(), _static("page.js")
-    text: str = _template().render(
-        page=page,
-        version=__version__,
-        css=_trusted(_static("page.css")),
-        script_hashes=" ".join([_hash(plotly), _hash(script)]),
-        plotly=_trusted(plotly),
-        script=_trusted(script),
-        blocks=[{"id": name, "text": _trusted(_json(value))} for name, value in blocks.items()],
-    )
-    return text
-
-
-def _json(value: object) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _trusted(text: str) -> Markup:
-    """Text of our own, or already made safe, which the template is not to escape."""
-    return Markup(text)
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-@cache
-def _static(name: str) -> str:
-    return (_STATIC / name).read_text(encoding="utf-8")
-
-
-@cache
-def _plotly() -> str:
-    """Plotly's own script, as its package carries it (4.8 MB)."""
-    from plotly.offline import get_plotlyjs
-
-    script: str = get_plotlyjs()
-    return script
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(_static("page.html.j2"))

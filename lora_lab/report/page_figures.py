@@ -8,6 +8,8 @@ from itertools import permutations, product
 from typing import Any
 
 from lora_lab.report.figures import COST_TITLES, Figure, heat_map, learning_curves, memory_bars, score_against_cost
+from lora_lab.report.memory_figures import predicted_figure
+from lora_lab.report.memory_words import error_sentence
 from lora_lab.report.page_settings import colours_of
 from lora_lab.report.text import clean
 from lora_lab.study.curves import setting_curves
@@ -68,7 +70,7 @@ class Family:
 def families(findings: Findings, alone: Sequence[str] = ()) -> list[Family]:
     """All that can be drawn of these runs; a family without any figure is left out. `alone`: what is said of settings
     without a run made alone, which have no point against a cost."""
-    drawn = [_curves(findings), _costs(findings, alone), _heat_maps(findings), _memory(findings)]
+    drawn = [_curves(findings), _costs(findings, alone), _heat_maps(findings), _memory(findings), _predicted(findings)]
     return [family for family in drawn if family is not None]
 
 
@@ -197,4 +199,19 @@ def _memory(findings: Findings) -> Family | None:
         picks=(),
         figures={"": figure},
         notes=tuple(left_out),
+    )
+
+
+def _predicted(findings: Findings) -> Family | None:
+    sentence = error_sentence(findings.predicted)
+    if sentence is None:
+        return None
+    return Family(
+        id="predicted",
+        menu="Prediction",
+        title="Predicted against measured memory",
+        legend=f"{sentence} One point per run; on the dotted line both are equal.",
+        picks=(),
+        figures={"": predicted_figure(findings.predicted.pairs, colours_of(findings.table))},
+        notes=(),
     )

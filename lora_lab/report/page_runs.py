@@ -15,6 +15,7 @@ from lora_lab.record.result import Metric, Result, Status
 from lora_lab.record.run_record import ADAPTER_FOLDER, ENVIRONMENT_FILE, EVAL_FOLDER, RunRecord
 from lora_lab.report.cohort_words import missing_of_runs
 from lora_lab.report.page_layers import layer_sections
+from lora_lab.report.page_memory import memory_view
 from lora_lab.report.page_settings import SETTING_DIGITS
 from lora_lab.report.text import UNKNOWN, bytes_text, clean, count_text, number_text, seconds_text, value_text
 from lora_lab.study.curves import RunCurve, run_curves
@@ -159,6 +160,7 @@ def _details(record: RunRecord, order: Sequence[str], *, is_large: bool) -> dict
         "missing": [[clean(name), clean(reason)] for name, reason in missing.items()],
         "curves": _curves(run_curves(record, tuple(_CURVES), points=points, suffix=_AUXILIARY)),
         "layers": sections,
+        "memory": None if result is None else memory_view(result),
         "answers": answers,
         "files": _files(record),
     }

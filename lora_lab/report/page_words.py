@@ -23,6 +23,8 @@ METHOD = (
     "longest rows, counted on a step that is left out of time and speed. GB is 10^9 bytes. Time is wall clock; tokens "
     "per second count real tokens, no padding. Of a setting the largest memory and the median time over its runs are "
     "shown.",
+    "A predicted peak was computed before anything was loaded. Its error is what was predicted too much, in percent of "
+    "what was measured; only runs whose measured peak is their own count.",
     "Runs may be trained together on one frozen base, in a cohort. That changes no score, and scores count whichever "
     "way a run was made, a repeated trial once. Time and speed are compared between runs made alone only; so are peaks "
     "of memory, but for one that was counted on a step that the run made alone.",

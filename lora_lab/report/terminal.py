@@ -38,7 +38,7 @@ _COSTS = ((_PEAK, "peak memory"), (_TIME, "train time"))
 def print_plan(rows: Sequence[PlanRow], *, as_json: bool = False, stream: TextIO | None = None) -> None:
     """One line per job, how many of them would run, which train together, and why the others do not."""
     if as_json:
-        _print_json([_plan_json(row) for row in rows], stream)
+        _print_json([plan_json(row) for row in rows], stream)
         return
     console = console_for(stream)
     columns = (
@@ -51,12 +51,16 @@ def print_plan(rows: Sequence[PlanRow], *, as_json: bool = False, stream: TextIO
         Column("total", is_number=True, is_optional=True),
     )
     print_grid(console, Grid(columns, tuple(_plan_cells(row) for row in rows)))
-    counts = {state: sum(row.state == state for row in rows) for state in ("new", "done", "duplicate")}
-    told = ", ".join(f"{count} {state}" for state, count in counts.items())
-    print_line(console, f"{len(rows)} trials: {told}")
+    print_line(console, plan_counts(rows))
     _print_cohorts(console, rows)
     for reason in dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row.missing.items()):
         print_line(console, f"not known: {reason}", style="dim")
+
+
+def plan_counts(rows: Sequence[PlanRow]) -> str:
+    """`3 trials: 1 new, 1 done, 1 duplicate`."""
+    counts = {state: sum(row.state == state for row in rows) for state in ("new", "done", "duplicate")}
+    return f"{len(rows)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items())
 
 
 def _plan_cells(row: PlanRow) -> tuple[str, ...]:
@@ -81,7 +85,8 @@ def _print_cohorts(console: Console, rows: Sequence[PlanRow]) -> None:
         print_line(console, f"alone: {', '.join(names[:_SHOWN_ALONE])}{more}: {why}", style="dim")
 
 
-def _plan_json(row: PlanRow) -> dict[str, Any]:
+def plan_json(row: PlanRow) -> dict[str, Any]:
+    """A row of the plan as JSON values."""
     return {**asdict(row), "missing": dict(row.missing)}
 
 

@@ -15,7 +15,8 @@ _ESCAPES = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # operating system commands: titles, links
     r"|[\x1b\x9b]\[?[0-?]*[ -/]*[@-~]"  # colours, cursor movement
 )
-_PLAIN = str.maketrans({"±": "+/-", "↑": "^", "↓": "v", "…": "..."})
+_BLOCKS = {**dict.fromkeys("▁▂▃", "."), **dict.fromkeys("▄▅▆", ":"), **dict.fromkeys("▇█", "#")}
+_PLAIN = str.maketrans({"±": "+/-", "↑": "^", "↓": "v", "…": "...", **_BLOCKS})
 _BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _MOST_DECIMALS = 6
 

@@ -25,6 +25,7 @@ from lora_lab.record.run_folder import RunFolder
 from lora_lab.runner.checks import verify_identities, warn_about_cuts, warn_about_limit
 from lora_lab.runner.desk import Desk
 from lora_lab.runner.outcome import COMPLETED, Outcome, outcome_of
+from lora_lab.runner.predicted import note_prediction
 from lora_lab.runner.search import Contestant
 from lora_lab.runner.shared_cost import SharedCost
 from lora_lab.runner.training import Training
@@ -91,6 +92,10 @@ class Run:
         self.gathered.measurements |= {"trainable_parameters": trainable, "total_parameters": total}
         if job.trial.method.kind != "base":
             warn_about_cuts(self.gathered, self._tokens.train, side="training", trial=job.trial)
+            with self.gathered.timed("predict"):
+                note_prediction(
+                    self.gathered, job.trial, self._tokens.train, device=self.bench.device, cache=self.bench.cache
+                )
             self.training = self._training()
 
     def evaluate_point(self) -> None:
@@ -218,7 +223,6 @@ class Run:
     def _result(self, outcome: Outcome) -> Result:
         job, gathered, folder = self.job, self.gathered, self.folder
         measurements = dict(gathered.measurements)
-        gathered.missing["predicted_peak_allocated_bytes"] = "this version does not predict memory yet"
         return Result(
             schema_version=1,
             numerics_version=NUMERICS_VERSION,
@@ -233,7 +237,7 @@ class Run:
             finished_at=utc_now(),
             trainable_parameters=_count(measurements.pop("trainable_parameters", None)),
             total_parameters=_count(measurements.pop("total_parameters", None)),
-            predicted_peak_allocated_bytes=None,
+            predicted_peak_allocated_bytes=_count(measurements.pop("predicted_peak_allocated_bytes", None)),
             metrics=gathered.metrics,
             measurements=measurements,
             facts=gathered.facts | {"warnings": gathered.warnings},

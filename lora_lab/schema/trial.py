@@ -22,6 +22,7 @@ from lora_lab.schema.combinations import combination_problems
 from lora_lab.schema.data import Data
 from lora_lab.schema.evaluation import Evaluation
 from lora_lab.schema.labels import check_label
+from lora_lab.schema.memory import Memory
 from lora_lab.schema.method import Method
 from lora_lab.schema.model import Model
 from lora_lab.schema.optimization import Optimizer, Scheduler, Training
@@ -189,6 +190,7 @@ class Lab(Section):
     fail_fast: bool
     tracking: Tracking
     launch: LocalLaunch
+    memory: Memory
 
 
 LAB_KEYS = frozenset(Lab.model_fields)

@@ -13,6 +13,7 @@ from lora_lab.study.answer import Answer, answer_of
 from lora_lab.study.axes import SweptAxes, swept_axes
 from lora_lab.study.cohorts import Cohort, cohorts_of
 from lora_lab.study.effects import Effect, effects_of
+from lora_lab.study.predicted_memory import PredictedMemory, predicted_memory
 from lora_lab.study.ranking import Ranking, ranking_of
 from lora_lab.study.table import SettingsTable, settings_table
 
@@ -28,9 +29,10 @@ class Findings:
     answer: Answer
     ranking: Ranking
     cohorts: tuple[Cohort, ...]
+    predicted: PredictedMemory
 
     def to_json(self) -> dict[str, Any]:
-        """Table, axes, effects, answer, ranking and cohorts; the runs by their ids."""
+        """Table, axes, effects, answer, ranking, cohorts and predicted memory; the runs by their ids."""
         return {
             "runs": [record.run_id for record in self.records],
             "answer_parts": self.answer.to_json(),
@@ -39,6 +41,7 @@ class Findings:
             "effects": [effect.to_json() for effect in self.effects],
             "ranking": self.ranking.to_json(),
             "cohorts": [cohort.to_json() for cohort in self.cohorts],
+            "predicted_memory": self.predicted.to_json(),
         }
 
 
@@ -58,4 +61,4 @@ def findings_of(records: Iterable[RunRecord], *, metrics: Sequence[str] | None) 
     axes = swept_axes(every)
     effects = tuple(effect for column in table.columns for effect in effects_of(table, axes, column.name))
     answer, ranking = answer_of(table, effects), ranking_of(every, table)
-    return Findings(every, table, axes, effects, answer, ranking, cohorts_of(every))
+    return Findings(every, table, axes, effects, answer, ranking, cohorts_of(every), predicted_memory(every))

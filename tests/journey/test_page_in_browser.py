@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from lora_lab.app.cli import main
+from lora_lab.report.memory_page import write_memory_page
 from tests.browser import BROWSER
 from tests.page_ledger import HOSTILE, add_cohort, add_routed_run, add_run, fill, fill_hostile
 from tests.unit.ledger_samples import trial_of
 from tests.unit.test_report_page import Page
+from tests.unit.timeline_samples import peak_of, prediction_of_parts, step_of
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 
@@ -117,6 +119,32 @@ def test_the_page_of_runs_that_were_trained_together(tmp_path: Path, width: int)
     member, console = opened(path, f"#run-{records[0].run_id}", width=width)
     assert console == "" and "in cohort 5f0c of 3 seats, together with 3 others" in member.text
     assert "cohort train seconds" in member.text
+
+
+@pytest.mark.parametrize("width", [1400, 500])
+def test_predicted_against_measured_memory(tmp_path: Path, width: int) -> None:
+    prediction = prediction_of_parts({"weights": 540_000_000, "activations": 360_000_000})
+    facts = {"executed": "alone", "warnings": [], "prediction": prediction.to_json()}
+    record = add_run(tmp_path, trial_of(), predicted_peak_allocated_bytes=900_000_000, facts=facts)
+    assert main(["report", "--root", str(tmp_path)]) == 0
+    document, console = opened(tmp_path / "report.html", width=width)
+    assert console == ""
+    drawn = [str(one.get("aria-label")) for one in document.all("div") if "js-plotly-plot" in str(one.get("class"))]
+    assert "Predicted against measured memory" in drawn
+    run, console = opened(tmp_path / "report.html", f"#run-{record.run_id}", width=width)
+    assert console == "" and "Predicted 900 MB, measured 900 MB, -0.01 %." in run.text
+    assert "gradients, activations, temporary" in run.text and "[object" not in run.text
+
+
+@pytest.mark.parametrize("width", [1400, 500])
+def test_the_page_of_a_predicted_peak(tmp_path: Path, width: int) -> None:
+    path = tmp_path / "memory.html"
+    write_memory_page(step_of(6), prediction_of_parts(peak_of(6)), path, title="lora-r8")
+    document, console = opened(path, width=width)
+    assert console == ""
+    (plot,) = (element for element in document.all("div") if "js-plotly-plot" in str(element.get("class")))
+    assert plot["aria-label"] == "Memory over one step"
+    assert document.text.count("peak 1.74 kB") == 1 and "forward, layers 0 to 5" in document.text
 
 
 def test_an_address_that_leads_nowhere(page: Path) -> None:

@@ -15,6 +15,8 @@ LIGHT_ROOMS = (
     "lora_lab.app.ledger_commands",
     "lora_lab.app.planning",
     "lora_lab.app.execution",
+    "lora_lab.app.memory_plan",
+    "lora_lab.app.memory_check",
 )
 
 # Imports the modules named on the command line, one by one, and says which of them brought something heavy along.

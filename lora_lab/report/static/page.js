@@ -173,6 +173,10 @@
     return [nodes.flat(Infinity).filter((node) => node !== null), () => { for (const [place, figure] of places) draw(place, figure); }];
   };
 
+  const memoryOf = (memory) => titled("Predicted memory", make("p", {}, memory.sentence),
+    memory.rows.length ? tableOf(memory.titles, memory.rows) : null,
+    [memory.lead, ...memory.notes].filter(Boolean).map((text) => make("p", { class: "note" }, text)));
+
   const sample = (one) => make("dl", { class: "sample pairs" },
     make("dt", {}, "prompt"), make("dd", { dir: "auto" }, one.prompt),
     make("dt", {}, "expected"), make("dd", { dir: "auto" }, one.expected),
@@ -200,6 +204,7 @@
         (row) => [row[0], make("a", { href: run.folder + "result.json" }, row[1]), ...row.slice(2)]))) : []),
       ...titled("Training", ...(curve.length ? curve : [make("p", { class: "note" }, run.curves.missing || "Nothing was trained.")])),
       ...layers,
+      ...(run.memory ? memoryOf(run.memory).flat(Infinity).filter((node) => node !== null) : []),
       ...(run.answers.length ? titled("Sample answers", make("p", { class: "lead" }, "Greedy answers to the first held-out prompts; green where the answer is the expected one, to the letter."), make("div", { class: "answers" }, run.answers.map(sample))) : []),
       make("div", { class: "grid" },
         make("div", {}, titled("Measured", pairs(run.measurements))),
