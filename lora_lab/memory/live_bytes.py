@@ -3,13 +3,14 @@
 On CUDA the allocator keeps this number. On a CPU it is counted here, on a probe step: every storage that an operation
 returns is added, and taken off when the last tensor that uses it dies. Tensors may be real or fake (shapes without
 values), so a step is measured and predicted by the same count. Buffers that live only inside one operation (workspace
-of a matrix product, the dequantised copy inside a 4-bit product) are not seen.
+of a matrix product, the dequantised copy inside a 4-bit product) are not seen, unless it is said how large they are.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,15 +45,23 @@ def quantization_constants(model: nn.Module) -> list[Tensor]:
     return tensors
 
 
+# Of an operation, the bytes of a buffer that lives in it and nowhere else, by its arguments.
+Inside = Mapping[Any, Callable[..., int]]
+
+
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is untyped
     """Counts live bytes within its block, and keeps when which came and went.
 
     known: tensors that are alive before, by part (see `plan.timeline.PARTS`). `peak_bytes` starts at, and never falls
-    below, their bytes. block_bytes: sizes are rounded up to a multiple of it. `place`: set it as the step goes on.
+    below, their bytes. block_bytes: sizes are rounded up to a multiple of it. inside: buffers within operations, beside
+    their results. `place`: set it as the step goes on.
     """
 
-    def __init__(self, known: Mapping[str, Iterable[Tensor]], *, block_bytes: int = 1) -> None:
+    def __init__(
+        self, known: Mapping[str, Iterable[Tensor]], *, block_bytes: int = 1, inside: Inside = MappingProxyType({})
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._inside = inside
         self._numbers = weakref.WeakKeyDictionary[torch.UntypedStorage, int]()
         self._block = block_bytes
         self._events: list[Event] = []
@@ -92,19 +101,30 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     self._count(leaf)
+        if func in self._inside:
+            self._count_inside(self._inside[func](*args, **(kwargs or {})))
         return result
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage in self._numbers:
             return
+        number, size = self._born(storage.nbytes())
+        self._numbers[storage] = number
+        weakref.finalize(storage, self._change, number, -size).atexit = False
+
+    def _count_inside(self, size: int) -> None:
+        number, rounded = self._born(size)
+        self._change(number, -rounded)
+
+    def _born(self, size: int) -> tuple[int, int]:
+        """Number and rounded size of a new storage, which is counted."""
         number = self._count_of_storages
         self._count_of_storages += 1
-        self._numbers[storage] = number
-        size = -(-storage.nbytes() // self._block) * self._block
-        self._change(number, size)
+        rounded = -(-size // self._block) * self._block
+        self._change(number, rounded)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._change, number, -size).atexit = False
+        return number, rounded
 
     def _change(self, number: int, size: int) -> None:
         if size:

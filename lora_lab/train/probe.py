@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lab.memory.live_bytes import LiveBytes, model_tensors, quantization_constants, storage_bytes
+from lora_lab.models.packed import inside_products
 from lora_lab.optim.optimizers import state_tensors
 from lora_lab.plan.timeline import Place, Timeline
 from lora_lab.train.curvature import estimate_curvature
@@ -33,14 +34,19 @@ class Probe:
 
 
 def probe_step(
-    forward: Forward, model: nn.Module, member: Member, *, layers: Iterable[nn.Module] = (), block_bytes: int = 1
+    forward: Forward,
+    model: nn.Module,
+    member: Member,
+    *,
+    layers: Iterable[nn.Module] = (),
+    block_bytes: int = 1,
 ) -> Probe:
     """Counts a step as every one from the second on is: weights, optimizer state, gradients, activations.
 
     model: the member's own, whose tensors are alive; no other member takes part. layers: decoder layers of what
-    `forward` calls, for the places of the timeline. With several micro-batches a step the gradients of the earlier ones
-    are alive already; so they are here. Of Sophia it is a step with an estimate. Of GaLore it is one between two
-    renewals: what the SVD of a matrix takes is left out.
+    `forward` calls, for the places of the timeline. block_bytes: see `LiveBytes`. With several micro-batches a step the
+    gradients of the earlier ones are alive already; so they are here. Of Sophia it is a step with an estimate. Of
+    GaLore it is one between two renewals: what the SVD of a matrix takes is left out.
     """
     parameters = member.active_parameters
     weights = [parameter.detach().clone() for parameter in parameters]
@@ -51,7 +57,7 @@ def probe_step(
         optimizer.step()  # creates the state
         if len(member.batches.step(0)) == 1:
             optimizer.zero_grad(set_to_none=True)
-        counter = LiveBytes(_known(model, member, optimizer), block_bytes=block_bytes)
+        counter = LiveBytes(_known(model, member, optimizer), block_bytes=block_bytes, inside=inside_products(model))
         watched = WatchedForward(forward, counter)
         with counter, placed(list(layers), counter):
             if member.curvature is not None:

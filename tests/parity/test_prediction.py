@@ -113,8 +113,8 @@ def test_the_step_that_is_traced_is_the_one_that_runs(
     measured = real_step(trial, rows, tmp_path_factory.getbasetemp() / "prediction")
     assert predicted.timeline.peak.parts == measured.timeline.peak.parts
     assert predicted.timeline.peak.total == measured.peak_bytes
-    # Not only the peak: as many storages of each size come alive at each place. (Of a router's entropy, x log x, autograd
-    # takes another formula where tensors are of a class of their own: one more mask.)
+    # Not only the peak: as many storages of each size come alive at each place. (Of a router's entropy, x log x, the
+    # derivative is another formula where tensors are of a class of their own: one more mask.)
     if trial.method.kind not in ROUTED_KINDS:
         assert births(predicted.timeline) == births(measured.timeline)
 
@@ -212,11 +212,24 @@ def test_predictions_are_kept(make_trial: MakeTrial, tmp_path: Path, monkeypatch
         predict(trial, rows, device_kind="cpu", cache=tmp_path)
 
 
-def test_a_measured_step_agrees_with_the_profiler(make_trial: MakeTrial, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (),
+        ("quantization=nf4", "target=all_linear"),
+        ("quantization=nf4", "training.gradient_checkpointing=every_layer"),
+        ("method=full",),
+    ],
+    ids=" ".join,
+)
+def test_a_measured_step_agrees_with_the_profiler(
+    make_trial: MakeTrial, lines: tuple[str, ...], tmp_path: Path
+) -> None:
     """PyTorch's own allocation events of a real step, on top of what was alive before it."""
     from lora_lab.train import probe
 
-    trial = make_trial("model=tiny_random", "model.shape.hidden_size=256", "model.shape.mlp_size=512", *MICRO)
+    size = ("model=tiny_random", "model.shape.hidden_size=512", "model.shape.mlp_size=1024")
+    trial = make_trial(*size, *lines, *MICRO)
     rows = uneven_rows(trial)
     profiled: list[int] = []
     gather, update = probe.gather, torch.optim.AdamW.step
