@@ -37,12 +37,28 @@ _GPT2_SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "embedding": ("wte",),
     }
 )
-_SUFFIXES = MappingProxyType(
-    {"llama": _LLAMA_SUFFIXES, "mistral": _LLAMA_SUFFIXES, "qwen2": _LLAMA_SUFFIXES, "gpt2": _GPT2_SUFFIXES}
+_PHI_SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {**_LLAMA_SUFFIXES, "projection": ("self_attn.dense",), "mlp": ("mlp.fc1", "mlp.fc2")}
+)
+_OPT_SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {**_LLAMA_SUFFIXES, "projection": ("self_attn.out_proj",), "mlp": ("fc1", "fc2")}
+)
+# Families that name their layers as Llama does; shapes are declared for the first three alone (`plan.shapes`).
+_LIKE_LLAMA = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+    *("granite", "olmo", "olmo2", "smollm3", "stablelm"),
+)
+_SUFFIXES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        **dict.fromkeys(_LIKE_LLAMA, _LLAMA_SUFFIXES),
+        "phi": _PHI_SUFFIXES,
+        "opt": _OPT_SUFFIXES,
+        "gpt2": _GPT2_SUFFIXES,
+    }
 )
 # family -> the end of the dotted name of the layer that leaves the MLP, whose input is the MLP's activation.
-LAST_OF_MLP = MappingProxyType(
-    {"llama": "mlp.down_proj", "mistral": "mlp.down_proj", "qwen2": "mlp.down_proj", "gpt2": "mlp.c_proj"}
+LAST_OF_MLP: Mapping[str, str] = MappingProxyType(
+    {**dict.fromkeys(_LIKE_LLAMA, "mlp.down_proj"), "phi": "mlp.fc2", "opt": "fc2", "gpt2": "mlp.c_proj"}
 )
 _NAME = re.compile(r"[A-Za-z0-9_.*]+")
 

@@ -12,7 +12,7 @@ from lora_lab.report.text import bytes_text
 from lora_lab.study.memory_course import Course, course_of
 
 # One letter per part, in the order of `PARTS`.
-LETTERS = dict(zip(PARTS, "WQLGOXT", strict=True))
+LETTERS = dict(zip(PARTS, "WQLGOXTA", strict=True))
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ROWS = 4
 _NARROWEST = 20

@@ -32,6 +32,8 @@ FOLDERS = {
     "lora_lab/memory/": "what is alive, and at its peak",
     "lora_lab/runner/": "jobs to results: alone, or together",
     "lora_lab/train/": "one loop",
+    "lora_lab/predict/": "memory of a run that is not there yet",
+    "lora_lab/predict/styles/": "other libraries' steps, for their published numbers",
     "lora_lab/evaluate/": "scores; the only door to lm-eval",
     "lora_lab/evaluate/command/": "`lora-lab eval`",
     "lora_lab/evaluate/greedy/": "answers, every shared beginning once",
