@@ -37,7 +37,6 @@ from lora_lab.app.interpolation import first_line
 from lora_lab.app.locations import conf_folder
 from lora_lab.app.memory_device import device_problems
 from lora_lab.app.own_flags import take_own_flags
-from lora_lab.app.planning import make_plan
 from lora_lab.app.request import gather, single
 from lora_lab.app.session import Session, activated, active_session
 from lora_lab.errors import InputError, Problem
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     if flags.help or flags.hydra_help or flags.info or flags.shell_completion:
         _run_hydra(command, rest)
         return 0
-    session = Session(functools.partial(carry_out, command=command, own=own))
+    session = Session(functools.partial(carry_out, command=command, own=own), needs_weights=not own.memory)
     texts = _prepare(session, flags, device_problems(own))
     with activated(session):
         _run_hydra(command, [argument for argument in rest if argument not in flags.overrides] + texts)
@@ -87,7 +86,7 @@ def _prepare(session: Session, flags: argparse.Namespace, of_flags: list[Problem
         request = single(composer.attempt(points[0]))
     request = dataclasses.replace(request, problems=(*problems, *found, *request.problems))
     if not flags.cfg or request.problems or any(point.problems for point in request.points):
-        plan = make_plan(request)
+        plan = session.plan(request)
         session.prepared = None if multirun and launches_one_by_one(master) else (points, plan)
     return list(flags.overrides) if multirun else [*lines, *request.points[0].overrides]
 

@@ -71,18 +71,22 @@ class Findings:
 class Facts:
     """What is known about the sections of trials; each distinct section is looked at once.
 
-    notes: sentences about the data for the user.
+    needs_weights: see `plan.identity.base_identity`. notes: sentences about the data for the user.
     """
 
-    def __init__(self, cache: Path) -> None:
-        self._cache = cache
+    def __init__(self, cache: Path, *, needs_weights: bool) -> None:
+        self._cache, self._needs_weights = cache, needs_weights
         self._known: dict[tuple[str, str], tuple[Any, tuple[Problem, ...]]] = {}
         self.notes: dict[str, None] = {}
         self._types: dict[str, Mapping[str, str]] = {}
 
     def base(self, trial: Trial, found: Findings) -> dict[str, str] | None:
         """The declared identity of the base model."""
-        return self._once(trial.model, lambda: {"base": base_identity(trial.model, cache=self._cache)}, found)
+
+        def read() -> dict[str, str]:
+            return {"base": base_identity(trial.model, cache=self._cache, needs_weights=self._needs_weights)}
+
+        return self._once(trial.model, read, found)
 
     def data(self, trial: Trial, found: Findings) -> tuple[dict[str, str], int | None] | None:
         """The identities of the data, and the number of training rows (None where only loading would tell)."""

@@ -88,7 +88,8 @@ def _facts(request: Request) -> Facts | None:
         root, cache = point.mapping.get("root"), point.mapping.get("cache")
         named = root if cache is None else cache
         if isinstance(named, str) and named.strip():
-            return Facts(Path(named) / "cache" if cache is None else Path(named))
+            folder = Path(named) / "cache" if cache is None else Path(named)
+            return Facts(folder, needs_weights=request.needs_weights)
     return None
 
 

@@ -21,13 +21,15 @@ _Places = Mapping[tuple[str, str], str]
 class Request:
     """All points of one call, the study they belong to, if any, and what is wrong with the call as a whole.
 
-    places: `file:line:column` of what the study sets, by `plan.study_file.value_key`.
+    places: `file:line:column` of what the study sets, by `plan.study_file.value_key`. needs_weights: False where only
+    memory is planned, for which a model folder's config.json is enough.
     """
 
     points: tuple[Composition, ...]
     study: Study | None
     problems: tuple[Problem, ...] = ()
     places: _Places = field(default_factory=dict)
+    needs_weights: bool = True
 
 
 def single(point: Composition) -> Request:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig
@@ -15,13 +15,13 @@ from omegaconf import DictConfig
 from lora_lab.app.compose import Composer, Composition
 from lora_lab.app.interpolation import hidden_keys, plain_mapping
 from lora_lab.app.planning import Plan, make_plan
-from lora_lab.app.request import gather, single
+from lora_lab.app.request import Request, gather, single
 from lora_lab.errors import LabError
 
 
 @dataclass(slots=True)
 class Session:
-    """`carry_out` gets the plan; its exit code is the call's.
+    """`carry_out` gets the plan; its exit code is the call's. needs_weights: see `Request`.
 
     prepared: the points that were composed and judged before Hydra started, and their plan; None where another launcher
     hands over one point at a time. error: of `carry_out`, kept for the end, since Hydra would print the overrides, and
@@ -29,6 +29,7 @@ class Session:
     """
 
     carry_out: Callable[[Plan], int]
+    needs_weights: bool = True
     prepared: tuple[Sequence[Sequence[str]], Plan] | None = None
     exit_code: int = 0
     error: LabError | None = None
@@ -40,7 +41,7 @@ class Session:
                 self._finish(self.prepared[1])
             else:
                 point = Composition(plain_mapping(config), tuple(overrides), hidden=hidden_keys(config))
-                self._finish(make_plan(single(point)))
+                self._finish(self.plan(single(point)))
         except LabError as error:
             self.error = self.error or error
 
@@ -49,7 +50,11 @@ class Session:
         if self.prepared is not None and [list(point) for point in points] == list(self.prepared[0]):
             self._finish(self.prepared[1])
         else:
-            self._finish(make_plan(gather(Composer(loader, master), points)))
+            self._finish(self.plan(gather(Composer(loader, master), points)))
+
+    def plan(self, request: Request) -> Plan:
+        """The plan of what is asked for by this call; raises as `make_plan` does."""
+        return make_plan(replace(request, needs_weights=self.needs_weights))
 
     def _finish(self, plan: Plan) -> None:
         self.exit_code = max(self.exit_code, self.carry_out(plan))

@@ -51,8 +51,11 @@ def identities_of(trial: Trial, *, cache: Path, extra: Mapping[str, str]) -> dic
     return own | dict(extra)
 
 
-def base_identity(model: Model, *, cache: Path) -> str:
-    """The declared identity of a base model; of a random one only "random", since seed and shape are in the trial."""
+def base_identity(model: Model, *, cache: Path, needs_weights: bool = True) -> str:
+    """The declared identity of a base model; of a random one only "random", since seed and shape are in the trial.
+
+    needs_weights: whether a folder without any is refused; its memory can be planned from config.json alone.
+    """
     if isinstance(model, EmbeddedModel):
         return f"{model.package} {model.package_version} {model.file} sha256:{model.sha256}"
     if isinstance(model, HubModel):
@@ -60,7 +63,7 @@ def base_identity(model: Model, *, cache: Path) -> str:
     if isinstance(model, FolderModel):
         folder = existing(Path(model.path), where="model.path", kind="folder")
         existing(folder / "config.json", where="model.path", kind="file")
-        if not any(folder.glob("*.safetensors")):
+        if needs_weights and not any(folder.glob("*.safetensors")):
             raise InputError(Problem("model.path", f'"{folder}" has no *.safetensors file; no other format is loaded'))
         return f"sha256:{hash_folder(folder, MODEL_FILES, where='model.path', cache=cache)}"
     return "random"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_lab.errors import LabError
+from lora_lab.errors import LabError, first_line
 from lora_lab.models.load import DROPOUT_KEYS, DTYPES, bitsandbytes_config, set_embeddings
 from lora_lab.models.quiet import quiet_transformers
 from lora_lab.models.shape_config import shape_config
@@ -70,7 +70,8 @@ def fake_base(trial: Trial, config: Any, mode: FakeTensorMode) -> Any:
         with quiet_transformers(), torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, LabError) as error:
-        raise Unpredictable(f"a {config.model_type} model could not be built from its configuration: {error}") from None
+        reason = first_line(error).partition(". ")[0]
+        raise Unpredictable(f"a {config.model_type} model cannot be built from its configuration: {reason}") from None
     network.tie_weights()
     for module in network.modules():
         if isinstance(module, nn.Dropout):
