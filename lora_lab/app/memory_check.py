@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_lab.app.memory_ahead import predict_ahead
 from lora_lab.app.memory_device import Against, free_device, named_device
 from lora_lab.app.memory_predicted import Predictor, progress_of
 from lora_lab.app.planning import Plan, cache_folder
@@ -31,6 +32,7 @@ def refuse_what_does_not_fit(plan: Plan) -> None:
     against = _against(plan, len(jobs))
     predictor = Predictor(against.kind, "own", cache_folder(plan.lab))
     problems: list[Problem] = []
+    predict_ahead(jobs, predictor, None)
     with progress_of(len(jobs)) as advance:
         for job in jobs:
             problems += _problems(job, against, predictor, are_enough=len(problems) >= _MOST_TOLD)

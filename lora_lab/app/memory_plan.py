@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_lab.app.memory_ahead import predict_ahead
 from lora_lab.app.memory_device import Against, named_device, own_machine_id, whole_device
 from lora_lab.app.memory_predicted import Predictor, progress_of
 from lora_lab.app.own_flags import DEVICE, EXPLAIN, OwnFlags
@@ -46,6 +47,7 @@ def plan_memory(plan: Plan, asked: OwnFlags) -> int:
     known: dict[Key, MemoryRow] = {}
     jobs = {(job.fingerprint, job.repeat): job for job in plan.jobs}
     originals = [row for row in plan.rows if row.state != "duplicate"]
+    predict_ahead(list(jobs.values()), predictor, against.device)
     with progress_of(len(originals)) as advance:
         for row in originals:
             key = row.fingerprint, row.repeat

@@ -45,6 +45,15 @@ class Predictor:
         except Unpredictable as error:
             return error.reason
 
+    def key_of_new(self, job: Job) -> str | None:
+        """What a step is known by, if its prediction is not kept; None where it is, or where there is nothing to do."""
+        from lora_lab.predict.predictor import kept_path, key_of, rows_of
+
+        if job.trial.method.kind == "base":
+            return None
+        key = key_of(job.trial, rows_of(job, cache=self.cache), device_kind=self.kind, style=self.style)
+        return None if kept_path(self.cache, key).exists() else key
+
     def predict(self, trial: Trial, rows: LongestRows) -> Prediction:
         """A prediction; raises `predictor.Unpredictable`."""
         from lora_lab.predict.predictor import predict

@@ -43,8 +43,8 @@ def predict(
     Raises:
         Unpredictable: with the reason.
     """
-    key = _key(trial, rows, device_kind, style)
-    path = None if cache is None else cache / "predictions" / f"{key}.json"
+    key = key_of(trial, rows, device_kind=device_kind, style=style)
+    path = None if cache is None else kept_path(cache, key)
     if key not in _memo:
         _memo[key] = _kept(path) or _predicted(trial, rows, device_kind, style)
     found = _memo[key]
@@ -106,7 +106,8 @@ def _told(trial: Trial, rows: LongestRows, device_kind: DeviceKind, style: Style
     )
 
 
-def _key(trial: Trial, rows: LongestRows, device_kind: DeviceKind, style: Style) -> str:
+def key_of(trial: Trial, rows: LongestRows, *, device_kind: DeviceKind, style: Style) -> str:
+    """The same for trials whose steps take the same memory, by this very code; in hex."""
     asked = trial.model_dump(mode="json", include=set(_SECTIONS))
     asked["model"] = {
         key: value for key, value in asked["model"].items() if key in ("kind", "path", "shape", "tie_embeddings")
@@ -116,6 +117,11 @@ def _key(trial: Trial, rows: LongestRows, device_kind: DeviceKind, style: Style)
     asked["layers"] = trial.seeds.layers if isinstance(trial.method, Lisa) else None
     content: list[Any] = [asked, rows.lengths, rows.loss_tokens, rows.source, device_kind, style, _versions()]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def kept_path(cache: Path, key: str) -> Path:
+    """Where a prediction is kept."""
+    return cache / "predictions" / f"{key}.json"
 
 
 @functools.cache
