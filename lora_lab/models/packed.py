@@ -8,15 +8,12 @@ are found in the activations of each product, nothing of them is stored.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from lora_lab.memory.live_bytes import Inside
+from torch import nn
 
 # Features of this magnitude are multiplied without quantization (LLM.int8, Dettmers et al. 2022, section 3.2).
 OUTLIER_THRESHOLD = 6.0
@@ -112,21 +109,6 @@ def _measured(layer: Any) -> PackedWeights:
         code_book_bytes=sum(tensor.nbytes for tensor in _code_books(state)),
         outlier_threshold=None,
     )
-
-
-def inside_products(model: nn.Module) -> Inside:
-    """What 4-bit products of `model` make and drop within one operation: the whole weight in the input's dtype.
-
-    bitsandbytes does so on a CPU, and on CUDA wherever a call has many rows (from a few dozen on some cards, from 1,500
-    on others); for fewer its kernels there need no copy, and this counts too much.
-    """
-    if not any(is_four_bit(layer) for layer in model.modules()):
-        return {}
-
-    def copied(rows: Tensor, weight: Tensor, shape: Sequence[int], *others: Any, **more: Any) -> int:
-        return math.prod(shape) * rows.element_size()
-
-    return {torch.ops.bitsandbytes.gemm_4bit.default: copied}
 
 
 def keep_packed_layout(model: nn.Module) -> None:

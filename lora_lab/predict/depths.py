@@ -2,21 +2,23 @@
 
 The largest moment of a step may lie in the head, in the last layer or in the first, and which of them wins changes with
 depth. So every place is extrapolated by itself: of layers the first two and the last two, since those between them lie
-on a line. Exact up to the rounding of odd sizes (a test compares with traces in full); the allocator's reserve is an
-estimate then, as fragments do not grow evenly.
+on a line. What CUDA's allocator hands out and reserves depends on the order of events, which are made for the whole
+depth (`repeated_layers`). A test compares with traces in full: both are exact.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lab.memory.allocator import allocator_peaks
+from lora_lab.memory.allocator import AllocatorPeaks, allocator_peaks
 from lora_lab.plan.devices import WORKSPACE_BYTES
 from lora_lab.plan.prediction import DeviceKind, LongestRows, Style
 from lora_lab.plan.timeline import PARTS, START, Event, Moment, Place
+from lora_lab.predict.repeated_layers import deepened
 from lora_lab.predict.styles.litgpt import litgpt_step
 from lora_lab.predict.traced_step import TracedStep, traced_step
 from lora_lab.schema.trial import Trial
@@ -39,11 +41,6 @@ class Estimate:
     reserved_bytes: int | None
     rows: str
     how: str
-
-    @property
-    def beside_tensors(self) -> int:
-        """Bytes of the peak that the allocator has handed out for no tensor."""
-        return self.peak.parts["allocator"]
 
 
 def estimate(
@@ -72,16 +69,20 @@ def estimate(
     def line(name: str) -> int:
         return _extended(getattr(first, name), getattr(second, name), depth)
 
-    peak = max(moments, key=lambda moment: moment.total)
+    peak, reserved = max(moments, key=lambda moment: moment.total), None
     if device_kind == "cuda":
-        peak = _with_allocator(peak, _extended(first.beside_tensors, second.beside_tensors, depth))
+        handed_out = _handed_out(low, high, depth, peak.total)
+        if handed_out is None:
+            step = traced_step(trial, rows, config, device_kind=device_kind, labelled=labelled)
+            return _of(step, device_kind, how="in full: its layers differ in what they leave to each other")
+        peak, reserved = _with_allocator(peak, handed_out.allocated - peak.total), handed_out.reserved
     return Estimate(
         peak=peak,
         trainable_parameters=line("trainable_parameters"),
         total_parameters=line("total_parameters"),
         base_bytes=line("base_bytes"),
         paged_bytes=line("paged_bytes"),
-        reserved_bytes=None if second.reserved_bytes is None else line("reserved_bytes"),
+        reserved_bytes=reserved,
         rows=second.rows,
         how=f"from {_SHALLOW} and {_DEEPER} of {depth} layers",
     )
@@ -131,6 +132,20 @@ def _of(step: TracedStep, device_kind: DeviceKind, *, how: str) -> Estimate:
         rows=step.rows,
         how=how,
     )
+
+
+def _handed_out(low: TracedStep, high: TracedStep, depth: int, peak: int) -> AllocatorPeaks | None:
+    """What the allocator hands out over the events of a model of this depth; None where these cannot be made.
+
+    peak: of tensors, as the made events must have it too.
+    """
+    try:
+        events = deepened(low.timeline.events, high.timeline.events, depth)
+        if max(itertools.accumulate(event.change for event in events)) != peak:
+            return None
+        return allocator_peaks(with_workspaces(events))
+    except ValueError:
+        return None
 
 
 def _by_place(step: TracedStep, depth: int) -> dict[Place, Moment]:

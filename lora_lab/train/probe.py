@@ -6,15 +6,17 @@ step is left out of time, speed and the log: weights are restored, optimizer sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_lab.memory.live_bytes import LiveBytes, model_tensors, quantization_constants, storage_bytes
-from lora_lab.models.packed import inside_products
+from lora_lab.memory.live_bytes import Inside, LiveBytes, model_tensors, quantization_constants, storage_bytes
+from lora_lab.models.packed import is_four_bit
 from lora_lab.optim.optimizers import state_tensors
 from lora_lab.plan.timeline import Place, Timeline
 from lora_lab.train.curvature import estimate_curvature
@@ -57,7 +59,7 @@ def probe_step(
         optimizer.step()  # creates the state
         if len(member.batches.step(0)) == 1:
             optimizer.zero_grad(set_to_none=True)
-        counter = LiveBytes(_known(model, member, optimizer), block_bytes=block_bytes, inside=inside_products(model))
+        counter = LiveBytes(_known(model, member, optimizer), block_bytes=block_bytes, inside=_inside_products(model))
         watched = WatchedForward(forward, counter)
         with counter, placed(list(layers), counter):
             if member.curvature is not None:
@@ -90,6 +92,21 @@ def _known(model: nn.Module, member: Member, optimizer: torch.optim.Optimizer) -
         "gradients": _gradients(member),
         "optimizer_state": [state for state in state_tensors(optimizer) if not getattr(state, "is_paged", False)],
     }
+
+
+def _inside_products(model: nn.Module) -> Inside:
+    """What 4-bit products of `model` make and drop within one operation: the whole weight in the input's dtype.
+
+    bitsandbytes does so on a CPU, and on CUDA wherever a call has many rows (from a few dozen on some cards, from 1,500
+    on others); for fewer its kernels there need no copy, and this counts too much.
+    """
+    if not any(is_four_bit(layer) for layer in model.modules()):
+        return {}
+
+    def copied(rows: Tensor, weight: Tensor, shape: Sequence[int], *others: Any, **more: Any) -> int:
+        return math.prod(shape) * rows.element_size()
+
+    return {torch.ops.bitsandbytes.gemm_4bit.default: copied}
 
 
 def _zero_gradients(member: Member) -> None:

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lora_lab.plan.prediction import LongestRows
 from lora_lab.plan.timeline import Place, Timeline
+from lora_lab.predict import depths
 from lora_lab.predict.depths import estimate
 from lora_lab.predict.fake_model import model_config
 from lora_lab.predict.predictor import Unpredictable, predict
@@ -146,6 +147,36 @@ def test_two_depths_tell_what_a_trace_in_full_tells(make_trial: MakeTrial, lines
 
 
 @pytest.mark.parametrize(
+    "lines",
+    [
+        (),
+        ("target=all_linear", "quantization=nf4", "dropout=0.1"),
+        ("method=full", *SPLIT, "training.gradient_checkpointing=every_layer"),
+        ("method=dora", "target=mlp"),
+    ],
+    ids=" ".join,
+)
+def test_the_allocator_is_run_over_all_layers(
+    make_trial: MakeTrial, lines: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (
+        "model=tiny_random",
+        "model.shape.num_layers=13",
+        "model.shape.hidden_size=512",
+        "model.shape.mlp_size=1536",
+    )
+    trial = make_trial(*size, *sized(lines))
+    rows = LongestRows((600, 500, 400, 300), (300, 250, 200, 150), "made up")
+    found = estimate(trial, rows, model_config(trial), device_kind="cuda")
+    assert found.how == "from 3 and 4 of 13 layers"
+    monkeypatch.setattr(depths, "_WORTH_IT", 100)
+    whole = estimate(trial, rows, model_config(trial), device_kind="cuda")
+    assert whole.how == "in full: 13 layers"
+    assert found.peak == whole.peak
+    assert found.reserved_bytes == whole.reserved_bytes
+
+
+@pytest.mark.parametrize(
     ("lines", "why"),
     [
         (("method=lisa", "method.layers=2"), "lisa trains some layers"),
@@ -159,6 +190,13 @@ def test_layers_that_differ_are_traced_in_full(make_trial: MakeTrial, lines: tup
     depth = () if any("num_layers" in line for line in lines) else ("model.shape.num_layers=10",)
     trial = make_trial("model=tiny_random", *depth, *sized(lines))
     assert estimate(trial, uneven_rows(trial), model_config(trial), device_kind="cpu").how == f"in full: {why}"
+
+
+def test_layers_that_leave_more_than_they_find_are_traced_in_full(make_trial: MakeTrial) -> None:
+    """Routers are listened to until the step's end."""
+    trial = make_trial("model=tiny_random", "model.shape.num_layers=13", "method=molora", "target=mlp", *MICRO)
+    found = estimate(trial, uneven_rows(trial), model_config(trial), device_kind="cuda")
+    assert found.how.startswith("in full: its layers differ")
 
 
 def test_cuda_counts_in_blocks_and_reserves_more(make_trial: MakeTrial) -> None:
