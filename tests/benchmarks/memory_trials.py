@@ -150,7 +150,12 @@ _GRID: dict[str, list[tuple[str, int, int, int]]] = {
     ],
 }
 # Of each model, for --quick.
-_QUICK = {"smollm2_135m": (0, 2, 8, 35, 40, 47), "gpt2, 12 layers": (0, 3), "qwen2, 12 layers": (0,)}
+_QUICK = {
+    "smollm2_135m": (0, 2, 8, 35, 40, 47),
+    "gpt2, 12 layers": (0, 3),
+    "qwen2, 12 layers": (0,),
+    "mistral, 12 layers": (3,),
+}
 
 
 def cases(*, quick: bool) -> list[Case]:
