@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lora_lab.errors import MachineError, Problem
+from lora_lab.predict.predictor import predict
 from lora_lab.schema.method import METHODS
 from tests.benchmarks import memory_measured
 from tests.benchmarks.memory_lisa import PAIRS, Planner, held_gb
@@ -40,7 +41,7 @@ def test_a_true_prediction_passes_and_a_false_one_does_not(tmp_path: Path, monke
     (found,) = results([TINY], tmp_path)
     assert abs(found["error_percent"]) < 0.1
     assert summary_of([found])["above_limit"] == 0
-    true = memory_measured.predict
+    true = predict
 
     def wrong(*arguments: Any, **settings: Any) -> Any:
         one = true(*arguments, **settings)
