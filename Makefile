@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.ready
 KILLS ?= 20
 
-.PHONY: sweep methods methods-debug test setup lint unit help bench bench-eval bench-train bench-sweep wheel-test test-kills clean
+.PHONY: sweep methods methods-debug test setup lint unit help bench bench-eval bench-train bench-sweep bench-memory wheel-test test-kills clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,11 @@ bench-train: $(SETUP) ## training against Trainer + PEFT and TRL: speed, memory,
 
 bench-sweep: $(SETUP) ## a whole sweep against one written by hand, how time grows with trials: about two hours on two cores
 	$(BIN)/python -m tests.benchmarks.sweep_speed
+
+bench-memory: $(SETUP) ## predicted memory against published peaks and against steps measured here: about fifteen minutes
+	$(BIN)/python -m tests.benchmarks.memory_published
+	$(BIN)/python -m tests.benchmarks.memory_measured
+	$(BIN)/python -m tests.benchmarks.memory_lisa
 
 wheel-test: $(SETUP) ## build the wheel and use it outside the checkout
 	$(BIN)/python -m pytest -m slow tests/journey/test_wheel.py

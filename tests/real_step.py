@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lora_lab.adapters.attach import attach
 from lora_lab.adapters.cohort.trunk import Trunk
-from lora_lab.models.load import load_base
+from lora_lab.models.load import LoadedBase, load_base
 from lora_lab.models.loss_token_logits import loss_token_logits
 from lora_lab.models.ragged import why_not_ragged
 from lora_lab.models.shared_copy import shared_copy
@@ -21,11 +22,25 @@ from lora_lab.train.probe import Probe, probe_step
 from tests.stepping import CPU
 
 
-def real_step(trial: Trial, rows: LongestRows, cache: Path, *, block_bytes: int = 1) -> Probe:
-    """The probe step that a run alone takes on a CPU, on rows of these lengths."""
-    base = load_base(
+def real_step(
+    trial: Trial, rows: LongestRows, cache: Path, *, block_bytes: int = 1, base: LoadedBase | None = None
+) -> Probe:
+    """The probe step that a run alone takes on a CPU, on rows of these lengths.
+
+    base: the trial's, where it is loaded already, for several steps one after the other. It is left as it was: the step
+    works on copies of its modules and the probe puts weights back.
+    """
+    loaded = base or load_base(
         trial.model, precision=trial.training.precision, quantization=trial.quantization, device=CPU, cache=cache
     )
+    try:
+        return _step(trial, rows, replace(loaded, model=shared_copy(loaded.model)), block_bytes)
+    finally:
+        loaded.model.requires_grad_(False)  # parameters are shared, and some methods train them
+        loaded.model.zero_grad(set_to_none=True)
+
+
+def _step(trial: Trial, rows: LongestRows, base: LoadedBase, block_bytes: int) -> Probe:
     plain = base.model
     attached = attach(shared_copy(plain), trial, tokenizer=base.tokenizer, steps=1000)
     member = member_of(trial, attached, stand_ins(trial, rows), name="real")
