@@ -78,7 +78,10 @@ class _Layers:
         self._births = {one.storage: one.place for one in events if one.change > 0}
         # (phase of the birth, phase of the death): storages of the template that the next layer frees.
         self._left = {
-            ("forward", "forward"): self._freed(events, "forward", _TEMPLATE, Place("forward", _BEHIND)),
+            # What is freed when a layer returns is freed behind the layers when the last one does.
+            ("forward", "forward"): self._freed(
+                events, "forward", _TEMPLATE, Place("forward", _BEHIND), Place("forward", after=True)
+            ),
             ("forward", "backward"): self._freed(events, "forward", _TEMPLATE, Place("backward", _BEHIND)),
             ("backward", "backward"): self._freed(events, "backward", _TEMPLATE, Place("backward", _BEFORE)),
         }
@@ -91,10 +94,12 @@ class _Layers:
             if len(found) != len(self._left[ways]):
                 raise ValueError(f"a layer finds {len(found)} storages of the one before and leaves another number")
 
-    def _freed(self, events: Sequence[Event], phase: str, layer: int, place: Place) -> list[int]:
+    def _freed(self, events: Sequence[Event], phase: str, layer: int, *places: Place) -> list[int]:
         born = Place(phase, layer)
         return [
-            one.storage for one in events if one.change < 0 and one.place == place and self._births[one.storage] == born
+            one.storage
+            for one in events
+            if one.change < 0 and one.place in places and self._births[one.storage] == born
         ]
 
     def outside(self, block: Sequence[Event], extra: int) -> Iterator[tuple[_Name, int]]:
@@ -103,7 +108,7 @@ class _Layers:
             birth = self._births[one.storage]
             if one.change > 0 or birth.layer != _TEMPLATE:
                 yield (one.storage, 0), one.change
-            elif one.place in (Place("forward", _BEHIND), Place("backward", _BEHIND)):
+            elif one.place.phase == "forward" or one.place == Place("backward", _BEHIND):
                 yield (one.storage, extra), one.change
             elif one.place == Place("backward", _BEFORE) and birth.phase == "backward":
                 yield (one.storage, 0), one.change
