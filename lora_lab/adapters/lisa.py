@@ -58,6 +58,10 @@ class Lisa:
             return tuple(sorted(generator.sample(range(depth), self._gamma)))
         return tuple(layer for layer in range(depth) if generator.random() < self._probabilities[layer])
 
+    def draw_below(self, top: int) -> None:
+        """Takes gamma layers below layer `top` (those up to the head, if that is the number of layers) for drawn."""
+        self._set_trained(frozenset(range(max(0, top - self._gamma), top)))
+
     def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """At the first step of a period, or where a training is taken up: its layers are trained, others released.
 

@@ -84,7 +84,10 @@ def _told(trial: Trial, rows: LongestRows, device_kind: DeviceKind, style: Style
     if trial.quantization.kind == "int8":
         notes.append("int8: no feature of the input is taken for an outlier")
     if isinstance(trial.method, Lisa):
-        notes.append("lisa: the layers of the first period")
+        drawn = (
+            "the layers of the first period" if device_kind == "cpu" else "the last layers, the draw that takes most"
+        )
+        notes.append(f"lisa: {drawn}")
     if found.paged_bytes:
         notes.append("paged optimizer states live in managed memory, outside the allocator")
     return Prediction(

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab.adapters.attach import Attached, ParameterCounts, attach, count_parameters
 from lora_lab.adapters.cohort.trunk import Trunk
+from lora_lab.adapters.lisa import Lisa
 from lora_lab.data.encode import Encoded
 from lora_lab.memory.live_bytes import CUDA_BLOCK_BYTES, quantization_constants
 from lora_lab.models.loss_token_logits import loss_token_logits
@@ -57,11 +58,18 @@ class TracedStep:
 
 
 def traced_step(
-    trial: Trial, rows: LongestRows, config: Any, *, device_kind: DeviceKind, labelled: bool = False
+    trial: Trial,
+    rows: LongestRows,
+    config: Any,
+    *,
+    device_kind: DeviceKind,
+    labelled: bool = False,
+    drawn_below: int | None = None,
 ) -> TracedStep:
     """A step of `trial` on its longest micro-batch. config: of its model, with any number of layers.
 
-    labelled: the model is called with labels, as transformers' Trainer calls it.
+    labelled: the model is called with labels, as transformers' Trainer calls it. drawn_below: of LISA, the layers that
+    are trained (`Lisa.draw_below`); None leaves it to the first period's draw.
 
     Raises:
         Unpredictable: the model cannot be built.
@@ -73,6 +81,8 @@ def traced_step(
     base_bytes = _rounded([*base.parameters(), *base.buffers(), *quantization_constants(base)], block)
     with _on_fakes(mode):
         attached = attach(shared_copy(base), trial, tokenizer=_WordsOfNoMeaning(), steps=_STEPS, has_values=False)
+    if drawn_below is not None and isinstance(attached.course, Lisa):
+        attached.course.draw_below(drawn_below)
     member = _member(trial, attached, rows, mode, device_kind)
     attached.model.train()
     forwards = (_labelled if labelled else _forward)(trial, base, attached, member, longest=max(rows.lengths))

@@ -217,6 +217,23 @@ def test_cuda_counts_in_blocks_and_reserves_more(make_trial: MakeTrial) -> None:
     assert on_cuda.parts["weights"] >= on_cpu.parts["weights"]
 
 
+def test_lisa_is_predicted_for_the_draw_that_takes_most(make_trial: MakeTrial) -> None:
+    size = ("model=tiny_random", "model.shape.num_layers=5", "method=lisa", "method.layers=2", *MICRO)
+    trials = [make_trial(*size, f"seeds.layers={seed}") for seed in range(8)]
+    draws = [traced(trial, uneven_rows(trial)) for trial in trials]
+    of_draws = {step.timeline.peak.total for step in draws}
+    assert len(of_draws) > 1  # or the draw would not matter
+    in_blocks = [
+        traced_step(trial, uneven_rows(trial), model_config(trial), device_kind="cuda").timeline.peak.total
+        for trial in trials
+    ]
+    most = predict(trials[0], uneven_rows(trials[0]), device_kind="cuda")
+    assert most.peak_allocated_bytes - most.parts["allocator"] == max(in_blocks)
+    # Over the periods nothing else grows: weights, states and gradients are of as many layers in every draw.
+    fixed = {tuple(step.timeline.peak.parts[part] for part in ("weights", "optimizer_state")) for step in draws}
+    assert len(fixed) == 1
+
+
 def test_paged_states_are_outside_the_allocator(make_trial: MakeTrial) -> None:
     """bitsandbytes pages states of 100,000 elements and more: here those of the MLP's matrices, 2 x 4 bytes each."""
     size = ("model=tiny_random", "model.shape.hidden_size=256", "model.shape.mlp_size=512")
