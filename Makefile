@@ -54,7 +54,7 @@ bench-train: $(SETUP) ## training against Trainer + PEFT and TRL: speed, memory,
 bench-sweep: $(SETUP) ## a whole sweep against one written by hand, how time grows with trials: about two hours on two cores
 	$(BIN)/python -m tests.benchmarks.sweep_speed
 
-bench-memory: $(SETUP) ## predicted memory against published peaks and against steps measured here: about fifteen minutes
+bench-memory: $(SETUP) ## predicted memory against published peaks and against steps measured here: about half an hour
 	$(BIN)/python -m tests.benchmarks.memory_published
 	$(BIN)/python -m tests.benchmarks.memory_measured
 	$(BIN)/python -m tests.benchmarks.memory_lisa

@@ -20,7 +20,6 @@ from lora_lab.memory.allocator import allocator_peaks
 from lora_lab.plan.devices import device_memory
 from lora_lab.predict.depths import with_workspaces
 from lora_lab.predict.styles.lit_linear import Packing
-from lora_lab.predict.styles.lit_shapes import PUBLISHED
 from lora_lab.predict.styles.lit_step import LitRun
 from tests.benchmarks.published_rows import Row, Traced, hub_rows, rows_of, timeline_of, traced
 
@@ -76,31 +75,6 @@ def summary_of(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def lisa_arithmetic() -> list[str]:
-    """What the weights, gradients and states of the published Llama-2-70B rows come to, in GB over all GPUs."""
-    shape, rank = PUBLISHED["llama-2-70b"], 128
-    query, key, _ = shape.joint_widths
-    products = [(shape.hidden, query), (shape.hidden, key), (shape.hidden, key), (query, shape.hidden)]
-    products += [(shape.hidden, shape.intermediate)] * 2 + [(shape.intermediate, shape.hidden)]
-    layer = sum(inputs * outputs for inputs, outputs in products) + 2 * shape.hidden
-    ends = 2 * shape.rows * shape.hidden + shape.hidden
-    weights = 2 * (shape.layers * layer + ends)
-    lisa = ends + 2 * layer
-    lora = rank * (shape.layers * sum(map(sum, products)) + 2 * (shape.rows + shape.hidden))
-    # Gradients and two states in bf16; LoRA's own weights too.
-    totals = {"LISA, 2 layers": weights + 6 * lisa, "LoRA, rank 128": weights + 8 * lora}
-    lines = [f"Llama-2-70B in bf16: weights {weights / GIGABYTE:.1f} GB; weights, gradients and states on all GPUs:"]
-    for (name, total), published in zip(totals.items(), (75, 79), strict=True):
-        lines.append(
-            f"  {name}: {total / GIGABYTE:.1f} GB ({total / 4 / GIGABYTE:.1f} on each of four); published {published}"
-        )
-    lines.append(
-        "  Neither the sum nor a quarter of it was published. In these the two differ by less than 1 GB; what is"
-        " left between them is activations, which memory_allocated() after a step does not see."
-    )
-    return lines
-
-
 def main() -> None:
     """Prints the table and writes the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -122,7 +96,7 @@ def main() -> None:
         print(_line(results[-1]), flush=True)
     summary = summary_of(results)
     options.output.write_text(json.dumps({"summary": summary, "rows": results, "excluded": excluded}, indent=1))
-    print(*_told(summary, excluded), *lisa_arithmetic(), sep="\n")
+    print(*_told(summary, excluded), sep="\n")
 
 
 def _line(one: dict[str, Any]) -> str:
