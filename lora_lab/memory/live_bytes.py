@@ -35,14 +35,17 @@ def model_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def quantization_constants(model: nn.Module) -> list[Tensor]:
-    """What 4-bit parameters carry beside their packed values: scales, offsets, code books."""
-    tensors: list[Tensor] = []
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        nested = getattr(state, "state2", None)
-        for owner, names in ((state, ("absmax", "code", "offset")), (nested, ("absmax", "code"))):
-            tensors += [value for name in names if isinstance(value := getattr(owner, name, None), Tensor)]
-    return tensors
+    """What 4-bit parameters carry beside their packed values."""
+    return [constant for parameter in model.parameters() for constant in constants_of(parameter)]
+
+
+def constants_of(parameter: Tensor) -> list[Tensor]:
+    """Scales, offsets and code books of a 4-bit parameter; none of any other."""
+    state = getattr(parameter, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    owners = ((state, ("absmax", "code", "offset")), (nested, ("absmax", "code")))
+    found = [getattr(owner, name, None) for owner, names in owners for name in names]
+    return [value for value in found if isinstance(value, Tensor)]
 
 
 # Of an operation, the bytes of a buffer that lives in it and nowhere else, by its arguments.
@@ -52,13 +55,17 @@ Inside = Mapping[Any, Callable[..., int]]
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is untyped
     """Counts live bytes within its block, and keeps when which came and went.
 
-    known: tensors that are alive before, by part (see `plan.timeline.PARTS`). `peak_bytes` starts at, and never falls
-    below, their bytes. block_bytes: sizes are rounded up to a multiple of it. inside: buffers within operations, beside
-    their results. `place`: set it as the step goes on.
+    known: tensors that are alive before, with their part (see `plan.timeline.PARTS`), in the order in which they came.
+    `peak_bytes` starts at, and never falls below, their bytes. block_bytes: sizes are rounded up to a multiple of it.
+    inside: buffers within operations, beside their results. `place`: set it as the step goes on.
     """
 
     def __init__(
-        self, known: Mapping[str, Iterable[Tensor]], *, block_bytes: int = 1, inside: Inside = MappingProxyType({})
+        self,
+        known: Iterable[tuple[str, Iterable[Tensor]]],
+        *,
+        block_bytes: int = 1,
+        inside: Inside = MappingProxyType({}),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._inside = inside
@@ -70,7 +77,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
         self.place: Place = START
         self.live_bytes: int = 0
         self.peak_bytes: int = 0
-        for part, tensors in known.items():
+        for part, tensors in known:
             for tensor in tensors:
                 self._count(tensor)
                 self.claim(part, [tensor])

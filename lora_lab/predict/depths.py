@@ -3,8 +3,7 @@
 The largest moment of a step may lie in the head, in the last layer or in the first, and which of them wins changes with
 depth. So every place is extrapolated by itself: of layers the first two and the last two, since those between them lie
 on a line. What CUDA's allocator hands out and reserves depends on the order of events, which are made for the whole
-depth (`repeated_layers`). Tests compare with traces in full: tensors are exact, and the allocator within 1 % (of what
-lies there before the step, the order of one more layer's tensors among the others is not known).
+depth (`repeated_layers`). Tests compare with traces in full: both are exact.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ has not, the layers were not alike.
 
 from __future__ import annotations
 
-from collections import Counter
+import difflib
 from collections.abc import Iterator, Sequence
 
 from lora_lab.plan.timeline import START, Event, Place
@@ -34,12 +34,8 @@ def deepened(shallow: Sequence[Event], four: Sequence[Event], depth: int) -> lis
     def event(name: _Name, change: int, place: Place) -> Event:
         return Event(numbers.setdefault(name, len(numbers)), change, place)
 
-    made = [event((one.storage, 0), one.change, START) for one in four if one.place == START]
-    made += [
-        event((-1 - index, copy), size, START)
-        for copy in range(extra)
-        for index, size in enumerate(_missing(shallow, four))
-    ]
+    # What is there before the step stays to its end; a name is all that it needs.
+    made = [event((-1 - index, 0), size, START) for index, size in enumerate(_before(shallow, four, extra + 1))]
     for place, block in _blocks(four):
         if place.layer != _TEMPLATE:
             made += [event(*one, place) for one in layers.outside(block, extra)]
@@ -50,11 +46,14 @@ def deepened(shallow: Sequence[Event], four: Sequence[Event], depth: int) -> lis
     return made
 
 
-def _missing(shallow: Sequence[Event], four: Sequence[Event]) -> list[int]:
-    """Sizes of what one more layer has before the step."""
-    sizes = Counter(one.change for one in four if one.place == START)
-    sizes.subtract(one.change for one in shallow if one.place == START)
-    return list(sizes.elements())
+def _before(shallow: Sequence[Event], four: Sequence[Event], more: int) -> Iterator[int]:
+    """Sizes of what is alive before the step, in order: the three layers' with what a fourth adds, `more` times."""
+    three_sizes, four_sizes = ([one.change for one in events if one.place == START] for events in (shallow, four))
+    matcher = difflib.SequenceMatcher(None, three_sizes, four_sizes, autojunk=False)
+    for tag, _, _, start, stop in matcher.get_opcodes():
+        if tag not in ("equal", "insert"):
+            raise ValueError("a further layer changes what lies there before the step")
+        yield from four_sizes[start:stop] * (1 if tag == "equal" else more)
 
 
 def _blocks(events: Sequence[Event]) -> Iterator[tuple[Place, list[Event]]]:
@@ -76,6 +75,8 @@ class _Layers:
 
     def __init__(self, events: Sequence[Event]) -> None:
         self._births = {one.storage: one.place for one in events if one.change > 0}
+        if any(self._births[one.storage] == START for one in events if one.change < 0):
+            raise ValueError("something dies that was there before the step")
         # (phase of the birth, phase of the death): storages of the template that the next layer frees.
         self._left = {
             # What is freed when a layer returns is freed behind the layers when the last one does.

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_lab.memory.live_bytes import Inside, LiveBytes, model_tensors, quantization_constants, storage_bytes
+from lora_lab.memory.live_bytes import Inside, LiveBytes, constants_of, storage_bytes
 from lora_lab.models.packed import is_four_bit
 from lora_lab.optim.optimizers import state_tensors
 from lora_lab.plan.timeline import Place, Timeline
@@ -82,16 +82,26 @@ def probe_step(
                 parameter.copy_(weight)
 
 
-def _known(model: nn.Module, member: Member, optimizer: torch.optim.Optimizer) -> dict[str, Iterable[Tensor]]:
-    """What is alive before the step, by part; of several parts that a tensor might be, the first."""
-    scales = [buffer for name, buffer in model.named_buffers() if name.endswith("row_scales")]  # of int8 layers
-    return {
-        "quantization_constants": [*quantization_constants(model), *scales],
-        "adapter": member.parameters if isinstance(model, PeftModel) else [],
-        "weights": model_tensors(model),
-        "gradients": _gradients(member),
-        "optimizer_state": [state for state in state_tensors(optimizer) if not getattr(state, "is_paged", False)],
-    }
+def _known(model: nn.Module, member: Member, optimizer: torch.optim.Optimizer) -> list[tuple[str, Iterable[Tensor]]]:
+    """What is alive before the step, by part, in the order in which it came: the base module by module, then the rest.
+
+    Of several parts that a tensor might be, the first.
+    """
+    adapter = member.parameters if isinstance(model, PeftModel) else []
+    later = {id(parameter) for parameter in adapter}
+    known: list[tuple[str, Iterable[Tensor]]] = []
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and id(tensor) not in later:
+                # Those of int8 layers are buffers, those of 4-bit ones belong to the weight.
+                known.append(("quantization_constants" if name == "row_scales" else "weights", [tensor]))
+                known.append(("quantization_constants", constants_of(tensor)))
+    return [
+        *known,
+        ("adapter", adapter),
+        ("gradients", _gradients(member)),
+        ("optimizer_state", [state for state in state_tensors(optimizer) if not getattr(state, "is_paged", False)]),
+    ]
 
 
 def _inside_products(model: nn.Module) -> Inside:

@@ -56,7 +56,7 @@ def peak_of(side: Side) -> tuple[int, int]:
     """Live bytes at the peak of a step from the second on, and between steps."""
     side.step()  # creates the optimizer's state
     kept = side.tensors()
-    with LiveBytes({"weights": kept}) as counter:
+    with LiveBytes([("weights", kept)]) as counter:
         side.step()
     return counter.peak_bytes, storage_bytes(kept)
 

@@ -59,14 +59,14 @@ def test_agrees_with_the_profiler() -> None:
     expected = running_peak(allocation_deltas(prof))
     assert expected > 1e6  # or the profiler has told nothing
     there_already = [*model.parameters(), *state_tensors(optimizer), x]
-    with LiveBytes({"weights": there_already}) as counter:
+    with LiveBytes([("weights", there_already)]) as counter:
         a_step(model, optimizer, x)
     assert counter.peak_bytes - storage_bytes(there_already) == pytest.approx(expected, rel=0.02)
 
 
 def test_counts_a_storage_once_and_lets_it_go() -> None:
     x = torch.zeros(1000)
-    with LiveBytes({"weights": [x, x[10:]]}) as counter:
+    with LiveBytes([("weights", [x, x[10:]])]) as counter:
         assert counter.live_bytes == 4000
         y = x + 1
         view = y[5:]

@@ -63,7 +63,8 @@ def test_a_cohort_takes_its_base_once_and_its_members_each(
     forward = Together(trunk)
     for _ in range(2):  # the first step makes the states
         states = [state for member in members for state in state_tensors(member.optimizer)]
-        with LiveBytes({"weights": [*tensors, *states, *(one for m in members for one in m.parameters)]}) as counter:
+        there = [*tensors, *states, *(one for member in members for one in member.parameters)]
+        with LiveBytes([("weights", there)]) as counter:
             gather(forward, members)
             for member in members:
                 clip(member)

@@ -190,5 +190,5 @@ def _recorded(model: LitModel, states: list[Tensor], block_bytes: int) -> Iterat
         "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
         "optimizer_state": states,
     }
-    with LiveBytes(known, block_bytes=block_bytes) as live:
+    with LiveBytes(known.items(), block_bytes=block_bytes) as live:
         yield live
