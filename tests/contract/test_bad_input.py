@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from lora_lab import restore
-from lora_lab.app import hydra_commands
+from lora_lab.app import hydra_commands, session
 from lora_lab.app.cli import main
 from lora_lab.app.compose import Composer, config_loader
 from lora_lab.app.hydra_settings import load_master
@@ -1001,7 +1001,7 @@ def test_a_file_that_changes_during_the_sweep(call: Call, tmp_path: Path, monkey
         (tmp_path / "train.jsonl").write_text('{"text": "other"}\n')
         return plan
 
-    monkeypatch.setattr(hydra_commands, "make_plan", plan_then_change)
+    monkeypatch.setattr(session, "make_plan", plan_then_change)
     line = (*TINY, "data=jsonl", "data.path=train.jsonl", "data.heldout_path=held.jsonl")
     assert call("run", *line).code == 3
     (record,) = Ledger(tmp_path / "lab").runs()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_lab.app.cli import main
 from lora_lab.record.result import Result, Status
@@ -260,6 +261,8 @@ def test_weights_that_are_not_finite_are_not_saved(
 
     def step(self: torch.optim.SGD, *args: Any) -> Any:
         outcome = clean(self, *args)
+        if isinstance(self.param_groups[0]["params"][0], FakeTensor):
+            return outcome  # a step that is predicted
         calls.append(1)
         if len(calls) == 4:  # the first two are the memory probe's
             with torch.no_grad():
