@@ -137,11 +137,11 @@ def test_the_step_that_is_traced_is_the_one_that_runs(
     ids=" ".join,
 )
 def test_two_depths_tell_what_a_trace_in_full_tells(make_trial: MakeTrial, lines: tuple[str, ...]) -> None:
-    trial = make_trial("model=tiny_random", "model.shape.num_layers=13", *sized(lines))
+    trial = make_trial("model=tiny_random", "model.shape.num_layers=10", *sized(lines))
     rows = uneven_rows(trial)
     found = estimate(trial, rows, model_config(trial), device_kind="cpu")
     whole = traced(trial, rows)
-    assert found.how == "from 3 and 4 of 13 layers"
+    assert found.how == "from 3 and 4 of 10 layers"
     assert (found.peak.parts, found.peak.place) == (whole.timeline.peak.parts, whole.timeline.peak.place)
     assert (found.trainable_parameters, found.total_parameters) == whole.counts
     assert found.base_bytes == whole.base_bytes
@@ -162,17 +162,17 @@ def test_the_allocator_is_run_over_all_layers(
 ) -> None:
     size = (
         "model=tiny_random",
-        "model.shape.num_layers=13",
+        "model.shape.num_layers=10",
         "model.shape.hidden_size=512",
         "model.shape.mlp_size=1536",
     )
     trial = make_trial(*size, *sized(lines))
     rows = LongestRows((600, 500, 400, 300), (300, 250, 200, 150), "made up")
     found = estimate(trial, rows, model_config(trial), device_kind="cuda")
-    assert found.how == "from 3 and 4 of 13 layers"
+    assert found.how == "from 3 and 4 of 10 layers"
     monkeypatch.setattr(depths, "_WORTH_IT", 100)
     whole = estimate(trial, rows, model_config(trial), device_kind="cuda")
-    assert whole.how == "in full: 13 layers"
+    assert whole.how == "in full: 10 layers"
     assert found.peak == whole.peak
     assert found.reserved_bytes == whole.reserved_bytes
 
@@ -195,7 +195,7 @@ def test_layers_that_differ_are_traced_in_full(make_trial: MakeTrial, lines: tup
 
 def test_layers_that_leave_more_than_they_find_are_traced_in_full(make_trial: MakeTrial) -> None:
     """Routers are listened to until the step's end."""
-    trial = make_trial("model=tiny_random", "model.shape.num_layers=13", "method=molora", "target=mlp", *MICRO)
+    trial = make_trial("model=tiny_random", "model.shape.num_layers=10", "method=molora", "target=mlp", *MICRO)
     found = estimate(trial, uneven_rows(trial), model_config(trial), device_kind="cuda")
     assert found.how.startswith("in full: its layers differ")
 
@@ -218,7 +218,7 @@ def test_cuda_counts_in_blocks_and_reserves_more(make_trial: MakeTrial) -> None:
 
 def test_lisa_is_predicted_for_the_draw_that_takes_most(make_trial: MakeTrial) -> None:
     size = ("model=tiny_random", "model.shape.num_layers=5", "method=lisa", "method.layers=2", *MICRO)
-    trials = [make_trial(*size, f"seeds.layers={seed}") for seed in range(8)]
+    trials = [make_trial(*size, f"seeds.layers={seed}") for seed in (0, 1, 2, 3)]
     draws = [traced(trial, uneven_rows(trial)) for trial in trials]
     of_draws = {step.timeline.peak.total for step in draws}
     assert len(of_draws) > 1  # or the draw would not matter
