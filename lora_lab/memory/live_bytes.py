@@ -24,9 +24,10 @@ from lora_lab.plan.timeline import START, Event, Place, Timeline
 CUDA_BLOCK_BYTES = 512
 
 
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes behind the tensors, each storage counted once."""
-    return sum({id(one): one.nbytes() for one in (tensor.untyped_storage() for tensor in tensors)}.values())
+def storage_bytes(tensors: Iterable[Tensor], *, block_bytes: int = 1) -> int:
+    """Bytes behind the tensors, each storage counted once and rounded up to a multiple of `block_bytes`."""
+    sizes = {id(one): one.nbytes() for one in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(-(-size // block_bytes) * block_bytes for size in sizes.values())
 
 
 def model_tensors(model: nn.Module) -> list[Tensor]:

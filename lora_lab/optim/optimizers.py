@@ -14,6 +14,9 @@ from lora_lab.optim.groups import RateGroup
 from lora_lab.optim.sophia import Sophia as SophiaG
 from lora_lab.schema.optimization import Adam, Lion, Optimizer, Sgd, Sophia
 
+# From this size on bitsandbytes pages a state, where that is asked for (`Optimizer8bit.get_state_buffer`).
+PAGED_ELEMENTS = 100_000
+
 # torch's parameter groups: `params`, and the `lr` of each.
 Parameters = list[dict[str, Any]]
 

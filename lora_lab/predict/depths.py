@@ -71,11 +71,6 @@ def estimate(
         step = traced_step(trial, rows, config, device_kind=device_kind, labelled=labelled)
         return _of(step, device_kind, how="in full: its places differ with depth")
     moments = [_line(places_low[place], moment, depth) for place, moment in places_high.items()]
-    first, second = _of(low, device_kind, how=""), _of(high, device_kind, how="")
-
-    def line(name: str) -> int:
-        return _extended(getattr(first, name), getattr(second, name), depth)
-
     peak, reserved = max(moments, key=lambda moment: moment.total), None
     if device_kind == "cuda":
         handed_out = _handed_out(low, high, depth, peak.total)
@@ -85,12 +80,12 @@ def estimate(
         peak, reserved = _with_allocator(peak, handed_out.allocated - peak.total), handed_out.reserved
     return Estimate(
         peak=peak,
-        trainable_parameters=line("trainable_parameters"),
-        total_parameters=line("total_parameters"),
-        base_bytes=line("base_bytes"),
-        paged_bytes=line("paged_bytes"),
+        trainable_parameters=_extended(low.counts.trainable, high.counts.trainable, depth),
+        total_parameters=_extended(low.counts.total, high.counts.total, depth),
+        base_bytes=_extended(low.base_bytes, high.base_bytes, depth),
+        paged_bytes=_extended(low.paged_bytes, high.paged_bytes, depth),
         reserved_bytes=reserved,
-        rows=second.rows,
+        rows=high.rows,
         how=f"from {_SHALLOW} and {_DEEPER} of {depth} layers",
     )
 

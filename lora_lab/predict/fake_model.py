@@ -78,7 +78,7 @@ def fake_base(trial: Trial, config: Any, mode: FakeTensorMode) -> Any:
             module.p = 0.0
     set_embeddings(network, trial.model)
     _quantize(network, trial, dtype)
-    _to_fake(network, mode)
+    to_fake(network, mode)
     if trial.quantization.kind == "int8":
         fake_int8(network, mode)
     elif trial.quantization.kind != "none":
@@ -106,8 +106,8 @@ def _quantize(network: Any, trial: Trial, dtype: torch.dtype) -> None:
     network.is_loaded_in_4bit = not network.is_loaded_in_8bit
 
 
-def _to_fake(network: nn.Module, mode: FakeTensorMode) -> None:
-    """Fake tensors in the place of meta tensors; what was shared stays shared."""
+def to_fake(network: nn.Module, mode: FakeTensorMode) -> None:
+    """Frozen fake tensors in the place of meta tensors; what was shared stays shared."""
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,11 @@ from lora_lab.adapters.attach import Attached, ParameterCounts, attach, count_pa
 from lora_lab.adapters.cohort.trunk import Trunk
 from lora_lab.adapters.lisa import Lisa
 from lora_lab.data.encode import Encoded
-from lora_lab.memory.live_bytes import CUDA_BLOCK_BYTES, quantization_constants
+from lora_lab.memory.live_bytes import CUDA_BLOCK_BYTES, model_tensors, storage_bytes
 from lora_lab.models.loss_token_logits import loss_token_logits
 from lora_lab.models.ragged import why_rows_differ
 from lora_lab.models.shared_copy import shared_copy
-from lora_lab.optim.optimizers import state_tensors
+from lora_lab.optim.optimizers import PAGED_ELEMENTS, state_tensors
 from lora_lab.plan.cohorts import why_not_fused
 from lora_lab.plan.prediction import DeviceKind, LongestRows
 from lora_lab.plan.timeline import Timeline
@@ -78,7 +78,7 @@ def traced_step(
     mode = fake_mode()
     base = fake_base(trial, config, mode)
     block = CUDA_BLOCK_BYTES if device_kind == "cuda" else 1
-    base_bytes = _rounded([*base.parameters(), *base.buffers(), *quantization_constants(base)], block)
+    base_bytes = storage_bytes(model_tensors(base), block_bytes=block)
     with _on_fakes(mode):
         attached = attach(shared_copy(base), trial, tokenizer=_WordsOfNoMeaning(), steps=_STEPS, has_values=False)
     if drawn_below is not None and isinstance(attached.course, Lisa):
@@ -89,13 +89,13 @@ def traced_step(
     with forwards as (forward, network, how), _LargeOnesFake(mode):
         step = probe_step(forward, attached.model, member, layers=decoder_layers(network), block_bytes=block)
     paged = [state for state in state_tensors(member.optimizer) if getattr(state, "is_paged", False)]
-    return TracedStep(step.timeline, count_parameters(attached.model), base_bytes, _rounded(paged, block), how)
+    return TracedStep(
+        step.timeline, count_parameters(attached.model), base_bytes, storage_bytes(paged, block_bytes=block), how
+    )
 
 
 # Of the schedules that depend on it (AdaLoRA's budget) nothing is in a step's memory but that training has not ended.
 _STEPS = 1000
-# From this size on bitsandbytes pages a state, where that is asked for (`Optimizer8bit.get_state_buffer`).
-_PAGED_ELEMENTS = 100_000
 
 
 class _WordsOfNoMeaning:
@@ -191,7 +191,7 @@ def _without_values(optimizer: Any, mode: FakeTensorMode, device_kind: DeviceKin
             make(group, parameter, *place)
         states = [state for state in inner.state[parameter].values() if isinstance(state, Tensor)]
         for state in states:
-            state.is_paged = pages and state.numel() >= _PAGED_ELEMENTS  # type: ignore[attr-defined]
+            state.is_paged = pages and state.numel() >= PAGED_ELEMENTS  # type: ignore[attr-defined]
 
     inner.init_state = init_state
     inner.update_step = lambda *_: None
@@ -226,8 +226,3 @@ def _labelled(
     enable_checkpointing(model, trial.training.gradient_checkpointing)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     yield LabelledForward(model, pad_id=0, device=_CPU), inner, "padded, as transformers is given them"
-
-
-def _rounded(tensors: Sequence[Tensor], block: int) -> int:
-    sizes = {id(one): one.nbytes() for one in (tensor.untyped_storage() for tensor in tensors)}
-    return sum(-(-size // block) * block for size in sizes.values())

@@ -13,11 +13,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lora_lab.memory.live_bytes import CUDA_BLOCK_BYTES, LiveBytes
+from lora_lab.optim.optimizers import PAGED_ELEMENTS, state_tensors
 from lora_lab.plan.timeline import Place, Timeline
+from lora_lab.predict.fake_model import fake_mode, to_fake
 from lora_lab.predict.styles.lit_attention import RootMeanSquareNorm
 from lora_lab.predict.styles.lit_linear import PackedLinear, Packing, Tuning
 from lora_lab.predict.styles.lit_model import LitModel
@@ -28,8 +29,6 @@ LitOptimizer = Literal["adamw", "paged_adamw", "sgd", "sgd_momentum"]
 
 # Tokens whose logits are computed at once in training.
 PIECE = 128
-# bitsandbytes keeps states in managed memory from this size on; smaller ones are ordinary tensors.
-PAGED_ELEMENTS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ def training_timeline(run: LitRun, *, block_bytes: int = CUDA_BLOCK_BYTES) -> Ti
         _update(optimizer, run.optimizer, trained)
         if run.accumulates:
             _add_gradients(trained)
-    with _recorded(model, _states(optimizer), block_bytes) as live, placed(list(model.h), live):
+    with _recorded(model, state_tensors(optimizer), block_bytes) as live, placed(list(model.h), live):
         loop = _Loop(model, live)
         if run.before:
             loop.micro_step(run.micro_batch, run.before)
@@ -72,7 +71,7 @@ def training_timeline(run: LitRun, *, block_bytes: int = CUDA_BLOCK_BYTES) -> Ti
         live.claim("gradients", [parameter.grad for parameter in trained if parameter.grad is not None])
         live.place = Place("update")
         _update(optimizer, run.optimizer, trained)
-        live.claim("optimizer_state", _states(optimizer))
+        live.claim("optimizer_state", state_tensors(optimizer))
     return live.timeline()
 
 
@@ -127,15 +126,10 @@ def fake_model(shape: LitShape, packing: Packing | None, tuning: Tuning, longest
             model = LitModel(shape, packing, tuning, longest)
     finally:
         torch.set_default_dtype(before)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is not None:
-                    made = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    module._parameters[name] = nn.Parameter(made, requires_grad=_is_trained(module, name, tuning))
-            for name, buffer in list(module._buffers.items()):
-                if buffer is not None:
-                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    to_fake(model, fake_mode())
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(_is_trained(module, name, tuning))
     return model
 
 
@@ -173,10 +167,6 @@ def _update(optimizer: torch.optim.Optimizer, kind: LitOptimizer, trained: list[
 def _add_gradients(trained: list[nn.Parameter]) -> None:
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-
-
-def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
 @contextmanager

@@ -10,11 +10,12 @@ from torch import nn
 
 from lora_lab.adapters.attach import ParameterCounts
 from lora_lab.memory.live_bytes import CUDA_BLOCK_BYTES
+from lora_lab.optim.optimizers import PAGED_ELEMENTS
 from lora_lab.plan.prediction import DeviceKind, LongestRows
 from lora_lab.predict.fake_model import Unpredictable
 from lora_lab.predict.styles.lit_linear import PackedLinear, Packing, Tuning
 from lora_lab.predict.styles.lit_shapes import LitShape
-from lora_lab.predict.styles.lit_step import PAGED_ELEMENTS, LitOptimizer, LitRun, fake_model, training_timeline
+from lora_lab.predict.styles.lit_step import LitOptimizer, LitRun, fake_model, training_timeline
 from lora_lab.predict.traced_step import TracedStep
 from lora_lab.schema.model import Shape
 from lora_lab.schema.optimization import Sgd
