@@ -9,15 +9,15 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from lora_lab.schema.study import Grid, Study, Value
+from lora_lab.schema.design import Design, Grid, Value
 
 
-def count(study: Study) -> int:
+def count(study: Design) -> int:
     """How many points `expand` gives, without making them; the baseline is not one of them."""
     return sum(math.prod(_length(axes) for axes in grid.dimensions) for grid in study.grids) * max(1, len(study.seeds))
 
 
-def expand(study: Study) -> list[dict[str, Value]]:
+def expand(study: Design) -> list[dict[str, Value]]:
     """Every point of every grid: values of `base`, then those of the grid, then the seed.
 
     Of a grid the first axis varies slowest, and the seed fastest. A grid without axes is one point.

@@ -25,6 +25,8 @@ _EXPECTED = {
     "model_attributes_type": "a mapping",
 }
 _TAG_ERRORS = ("union_tag_invalid", "union_tag_not_found")
+# The keys that say which member of a union a mapping is.
+_TAGS = ("kind", "rule")
 _RULES = {
     "greater_than": "must be > {gt}",
     "greater_than_equal": "must be >= {ge}",
@@ -42,7 +44,7 @@ def problems_of(error: ValidationError, model: type[BaseModel], mapping: Mapping
     for entry in error.errors():
         path = _path_without_tags(entry["loc"], mapping)
         if entry["type"] in _TAG_ERRORS and isinstance(entry["input"], Mapping):
-            path.append("kind")
+            path.append(str(entry["ctx"]["discriminator"]).strip("'"))
         where = ".".join(path)
         message = _message(entry, path, model, mapping)
         # A union reports one error per member; a broken rule (the type was right) says most, a bare mismatch least.
@@ -62,7 +64,7 @@ def _message(entry: Any, path: Sequence[str], model: type[BaseModel], mapping: M
         return str(context["error"])
     if kind in ("union_tag_invalid", "literal_error"):
         choices = [part.strip().strip("'") for part in _choices(context)]
-        shown = value.get("kind") if isinstance(value, Mapping) else value
+        shown = _tag(value) if isinstance(value, Mapping) else value
         if shown is None or shown == "":
             return f"empty value ({_show(shown)}); expected one of {', '.join(choices)}"
         return f"no such choice {_show(shown)}" + nearest(str(shown), choices)
@@ -108,7 +110,7 @@ def _path_without_tags(location: Sequence[int | str], mapping: Any) -> list[str]
         if is_entry or (isinstance(node, Mapping) and step in node):
             path.append(str(step))
             node, seen_tag = cast(Any, node)[step], False
-        elif isinstance(node, Mapping) and node.get("kind") == step and not seen_tag:
+        elif isinstance(node, Mapping) and _tag(node) == step and not seen_tag:
             seen_tag = True
         elif last and not _is_type_tag(step):
             path.append(str(step))
@@ -124,6 +126,10 @@ def _fields_at(model: type[BaseModel], path: Sequence[str], mapping: Mapping[str
     models: list[type[BaseModel]] = [model]
     node: Any = mapping
     for step in path:
+        if isinstance(node, (list, tuple)):
+            node = node[int(step)]
+            models = [one for one in models if _is_of_kind(one, node)] or models
+            continue
         node = node.get(step) if isinstance(node, Mapping) else None
         models = [
             inner
@@ -135,14 +141,18 @@ def _fields_at(model: type[BaseModel], path: Sequence[str], mapping: Mapping[str
     return sorted({name for one in models for name in one.model_fields})
 
 
+def _tag(node: Mapping[str, Any]) -> Any:
+    return next((node[tag] for tag in _TAGS if tag in node), None)
+
+
 def _is_of_kind(model: type[BaseModel], node: Any) -> bool:
-    field = model.model_fields.get("kind")
-    return field is not None and isinstance(node, Mapping) and node.get("kind") in typing.get_args(field.annotation)
+    fields = [model.model_fields[tag] for tag in _TAGS if tag in model.model_fields]
+    return isinstance(node, Mapping) and any(_tag(node) in typing.get_args(field.annotation) for field in fields)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple):
         return [model for part in typing.get_args(annotation) for model in _models_in(part)]
     return []
