@@ -17,6 +17,7 @@ from lora_lab.errors import LabError, MachineError, nearest
 # Command -> module with `main(arguments) -> exit code`, imported on demand, so that `plan` stays torch-free; and help.
 COMMANDS = {
     "run": ("lora_lab.app.hydra_commands", "train and score one trial, a sweep (-m), or a study (-m study=NAME)"),
+    "reproduce": ("lora_lab.app.reproduce_command", "a study of published claims: run what is missing, judge, draw"),
     "plan": (
         "lora_lab.app.hydra_commands",
         "what `run` would do: trials, duplicates, parameters, steps; --memory: what each takes, and whether it fits",

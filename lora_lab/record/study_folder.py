@@ -53,13 +53,18 @@ class StudyRecord:
         return trial_part(run_id) in set(map(trial_part, self.run_ids))
 
 
+def study_folder(root: Path, name: str) -> Path:
+    """Where a study's files are, begun or not."""
+    return root / _STUDIES / name
+
+
 def begin_study(root: Path, study: Study, run_ids: Sequence[str]) -> Path:
     """Writes what is asked for; returns the study's folder.
 
     Raises:
         MachineError: the disk refuses.
     """
-    folder = root / _STUDIES / study.name
+    folder = study_folder(root, study.name)
     write_json(folder / _STUDY_FILE, study.model_dump(mode="json"))
     write_json(folder / _RUNS_FILE, {"runs": list(run_ids)})
     return folder

@@ -1,0 +1,167 @@
+"""All stages of a study in their order: tuning, then what is judged, then the clock; and what is written before each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_lab.app.picked_rates import picks_of, told
+from lora_lab.app.planning import cache_folder
+from lora_lab.app.study_call import StagePlan, StudyCall, plan_points
+from lora_lab.plan.stages import (
+    Pick,
+    Rates,
+    StagePoint,
+    is_tuned,
+    judged_points,
+    rates_of,
+    setting_key,
+    timing_points,
+    tuning_points,
+)
+from lora_lab.record.ledger import Ledger, run_id_of
+from lora_lab.record.registration import register
+from lora_lab.record.study_folder import begin_study, study_folder
+from lora_lab.record.study_points import StudyPoint, read_points, write_points
+from lora_lab.record.wandb_tracker import WandbTracker
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """A study's stages as far as they are known. None: the study has no such stage, or it waits for the stage before.
+
+    picks: of tuning; those without a rate wait for runs. waiting: judged points whose rate is not picked yet.
+    """
+
+    tuning: StagePlan | None
+    picks: tuple[Pick, ...]
+    judged: StagePlan | None
+    waiting: tuple[StagePoint, ...]
+    timing: StagePlan | None
+
+    @property
+    def plans(self) -> list[StagePlan]:
+        """Those that are known, in the order in which they run."""
+        return [one for one in (self.tuning, self.judged, self.timing) if one is not None]
+
+
+def plan_stages(call: StudyCall, *, seeds: Sequence[int] = ()) -> Stages:
+    """Plans every stage as far as the ledger's tuning runs allow; what waits for a rate is checked with one in place.
+
+    seeds: of a later look. Nothing is written.
+
+    Raises:
+        InputError: with what is wrong with the first stage that has problems.
+    """
+    design, tuning, picks = call.design, None, ()
+    if points := tuning_points(design):
+        assert design.tuning is not None
+        tuning = plan_points(call, points, metrics=[design.tuning.metric])
+        picks = picks_of(design, tuning, call.root)
+    rates = {setting_key(pick.values): pick.rate for pick in picks if pick.rate is not None}
+    every = judged_points(design, {**_stand_ins(call), **rates}, seeds=seeds)
+    waiting = tuple(one for one in every if is_tuned(one.values) and setting_key(one.values) not in rates)
+    if waiting:  # what is wrong with them is told before tuning has run for an hour
+        plan_points(call, every, metrics=design.metrics, baseline=design.baseline)
+    known = [one for one in every if one not in waiting]
+    judged = None
+    if known:
+        judged = plan_points(call, known, metrics=() if waiting else design.metrics, baseline=design.baseline)
+    return Stages(tuning, picks, judged, waiting, _timing(call, rates, judged))
+
+
+def _stand_ins(call: StudyCall) -> Rates:
+    tuning = call.design.tuning
+    if tuning is None:
+        return {}
+    return {setting_key(one.values): rates_of(tuning, one.values)[0] for one in tuning_points(call.design)}
+
+
+def _timing(call: StudyCall, rates: Rates, judged: StagePlan | None) -> StagePlan | None:
+    """The runs for the clock are this study's own: repeats that neither its judged runs nor another study has, since
+    runs that were made on another day are not interleaved with these."""
+    points = timing_points(call.design, rates)
+    if not points:
+        return None
+    planned = plan_points(call, points, for_the_clock=True)
+    kept = [point.run_id for point in read_points(folder_of(call)) if point.stage == "timing"]
+    if kept:
+        first = min(map(_repeat, kept))
+    else:
+        taken = {record.run_id for record in Ledger(call.root).runs()} | set(judged.run_ids if judged else ())
+        prints = {fingerprint for fingerprint, _ in planned.trials}
+        repeats = {point.repeat for point in points}
+        first = 0
+        while any(run_id_of(one, first + repeat) in taken for one in prints for repeat in repeats):
+            first += 1
+    if first == 0:
+        return planned
+    return plan_points(call, [replace(one, repeat=one.repeat + first) for one in points], for_the_clock=True)
+
+
+def _repeat(run_id: str) -> int:
+    _, _, repeat = run_id.partition(".r")
+    return int(repeat or 0)
+
+
+def folder_of(call: StudyCall) -> Path:
+    """The study's folder at this scale."""
+    return study_folder(call.root, call.shown.name)
+
+
+def run_stages(call: StudyCall, *, seeds: Sequence[int] = ()) -> tuple[Stages, bool]:
+    """Runs what is missing of every stage; returns the stages as they are then, and whether every run has an answer.
+
+    The study is registered once nothing is found wrong with it, before its first run.
+
+    Raises:
+        InputError: as `plan_stages`; the study has changed since it was registered. MachineError: see `check_stage`.
+    """
+    from lora_lab.app.stage_runs import check_stage, run_stage
+
+    stages = plan_stages(call, seeds=seeds)
+    for one in stages.plans:
+        check_stage(one.plan)
+    register(folder_of(call), call.study, call.scale)
+    write_stages(call, stages)
+    with WandbTracker(call.lab.tracking, call.root, cache=cache_folder(call.lab), study=call.shown.name) as tracker:
+        is_whole = True
+        if stages.tuning is not None:
+            _say("tuning", stages.tuning)
+            is_whole = run_stage(stages.tuning, tracker, study=None, one_by_one=False)
+            stages = plan_stages(call, seeds=seeds)
+            write_stages(call, stages)
+            for line in told(stages.picks):
+                print(f"picked: {line}", file=sys.stderr)
+        if stages.judged is not None:
+            _say("judged", stages.judged)
+            is_whole &= run_stage(stages.judged, tracker, study=call.shown, one_by_one=False)
+        if stages.timing is not None:
+            _say("timing", stages.timing)
+            is_whole &= run_stage(stages.timing, tracker, study=None, one_by_one=True)
+    return stages, is_whole and not stages.waiting
+
+
+def _say(name: str, stage: StagePlan) -> None:
+    done = sum(row.state == "done" for row in stage.plan.rows)
+    print(f"{name}: {len(stage.plan.jobs)} runs, {done} done", file=sys.stderr)
+
+
+def write_stages(call: StudyCall, stages: Stages) -> None:
+    """Puts down what is asked for: the study, its judged runs, and which run is which point."""
+    folder = folder_of(call)
+    points = merged([point for one in stages.plans for point in one.study_points()], read_points(folder))
+    asked = [] if stages.judged is None else [run_id_of(job.fingerprint, job.repeat) for job in stages.judged.plan.jobs]
+    asked += [point.run_id for point in points if point.stage == "judged"]
+    begin_study(call.root, call.shown, list(dict.fromkeys(asked)))
+    write_points(folder, points)
+
+
+def merged(new: Sequence[StudyPoint], kept: Sequence[StudyPoint]) -> list[StudyPoint]:
+    """The new points, and the judged ones of other looks that were kept before."""
+    seeds = {point.values.get("seed") for point in new if point.stage == "judged"}
+    earlier = [one for one in kept if one.stage == "judged" and one.values.get("seed") not in seeds]
+    planned = [] if any(point.stage == "planned" for point in new) else [one for one in kept if one.stage == "planned"]
+    return [*new, *earlier, *planned]
