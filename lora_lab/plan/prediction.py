@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 DeviceKind = Literal["cpu", "cuda"]
-Style = Literal["own", "hf", "litgpt"]
+Style = Literal["own", "hf", "litgpt", "litgpt_first"]
 
 
 @dataclass(frozen=True, slots=True)

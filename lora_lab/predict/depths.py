@@ -47,8 +47,9 @@ def estimate(
     trial: Trial, rows: LongestRows, config: Any, *, device_kind: DeviceKind, style: Style = "own"
 ) -> Estimate:
     """Traces in full, or from two depths where that is exact; raises as `traced_step` and `litgpt_step` do."""
-    if style == "litgpt":
-        return _of(litgpt_step(trial, rows, device_kind=device_kind), device_kind, how="in full: lit-gpt's own model")
+    if style in ("litgpt", "litgpt_first"):
+        step = litgpt_step(trial, rows, device_kind=device_kind, first=style == "litgpt_first")
+        return _of(step, device_kind, how="in full: lit-gpt's own model")
     labelled = style == "hf"
     depth = int(config.num_hidden_layers)
     why_full = _why_in_full(trial, config)

@@ -37,7 +37,7 @@ def predict(
 ) -> Prediction:
     """The memory of a training step of `trial` on its longest rows; nothing is loaded.
 
-    device_kind: whose way of counting. style: whose step: ours, or as `hf` or `litgpt` would take it. cache: where
+    device_kind: whose way of counting. style: whose step (`schema.memory.Memory`). cache: where
     predictions are kept between processes.
 
     Raises:
@@ -59,8 +59,9 @@ def predict(
 def trace(trial: Trial, rows: LongestRows, *, device_kind: DeviceKind, style: Style = "own") -> Timeline:
     """The course of memory over one step, traced in full; raises as `predict` does."""
     try:
-        if style == "litgpt":
-            return litgpt_step(trial, rows, device_kind=device_kind).timeline
+        if style in ("litgpt", "litgpt_first"):
+            first = style == "litgpt_first"
+            return litgpt_step(trial, rows, device_kind=device_kind, first=first).timeline
         config = model_config(trial)
         return traced_step(trial, rows, config, device_kind=device_kind, labelled=style == "hf").timeline
     except LabError as error:

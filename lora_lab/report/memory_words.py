@@ -13,6 +13,7 @@ _STYLES = {
     "own": "the step of this lab",
     "hf": "the step of Hugging Face's trainer",
     "litgpt": "the step of LitGPT",
+    "litgpt_first": "the step of LitGPT, its longest row first",
 }
 _KINDS = {"cpu": "bytes of live tensors", "cuda": "bytes as CUDA's allocator counts them"}
 

@@ -13,14 +13,15 @@ from lora_lab.schema.section import Section
 
 
 class Memory(Section):
-    """style: whose training step `plan --memory` predicts; `own`, `hf` (transformers' Trainer) or `litgpt`. What a run
-    is refused for, and what its result keeps, is always the lab's own step.
+    """style: whose training step `plan --memory` predicts; `own`, `hf` (transformers' Trainer), `litgpt`, or
+    `litgpt_first`: with the longest row before all others, where lit-gpt of 2023 puts it. What a run is refused for,
+    and what its result keeps, is always the lab's own step.
 
     on_overflow: of a run that is predicted not to fit: `refuse` it before a weight is read, or `try` it. device: a name
     or a size as `plan --device` takes (`plan.devices`); None is the device of the run.
     """
 
-    style: Literal["own", "hf", "litgpt"]
+    style: Literal["own", "hf", "litgpt", "litgpt_first"]
     on_overflow: Literal["refuse", "try"]
     device: str | None
 

@@ -342,7 +342,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("launch.memory_fraction=true", ("launch.memory_fraction: expected a number, got true",)),
     ("launch.retries=-1", ("launch.retries: must be >= 0, got -1",)),
     ("memory=big", ('memory: no such choice "big"',)),
-    ("memory.style=trl", ('memory.style: no such choice "trl"', "own, hf, litgpt")),
+    ("memory.style=trl", ('memory.style: no such choice "trl"', "own, hf, litgpt, litgpt_first")),
     ("memory.style=null", ("memory.style: empty value (null)",)),
     ("memory.on_overflow=ask", ('memory.on_overflow: no such choice "ask"', "refuse, try")),
     ("memory.device=h101", ('memory.device: no such device "h101"', 'did you mean "h100"', "24GiB")),

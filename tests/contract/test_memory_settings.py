@@ -34,6 +34,7 @@ def test_defaults(composer: Composer) -> None:
     [
         ("memory.style=hf", "style", "hf"),
         ("memory.style=litgpt", "style", "litgpt"),
+        ("memory.style=litgpt_first", "style", "litgpt_first"),
         ("memory.on_overflow=try", "on_overflow", "try"),
         ("memory.device=h100", "device", "h100"),
         ("memory.device=4090", "device", "4090"),

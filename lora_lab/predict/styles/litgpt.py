@@ -1,7 +1,8 @@
 """A trial as lit-gpt would have run it on one GPU: what it can, and the step that is traced.
 
-Longest rows meet when optimizer states and gradients are there: the largest moment that a run may come to. (lit-gpt of
-2023 puts the longest row first, where they are not: `LitRun.first`.)
+Longest rows meet when optimizer states and gradients are there: the largest moment that a run may come to. Or, as in
+lit-gpt of 2023, the longest row comes first, where they are not (`LitRun.first`): the moment that a run came to whose
+longest row is much longer than its others.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _TARGETS = {"query": "q", "key": "k", "value": "v", "projection": "o", "mlp": "m
 _PADDING = 64
 
 
-def litgpt_step(trial: Trial, rows: LongestRows, *, device_kind: DeviceKind) -> TracedStep:
-    """The step of `trial` as lit-gpt takes it.
+def litgpt_step(trial: Trial, rows: LongestRows, *, device_kind: DeviceKind, first: bool = False) -> TracedStep:
+    """The step of `trial` as lit-gpt takes it; first: with the longest row before all others.
 
     Raises:
         Unpredictable: lit-gpt does not do what the trial asks for, or the model's shape is not known.
     """
-    run = run_of(trial, rows)
+    run = run_of(trial, rows, first=first)
     block = CUDA_BLOCK_BYTES if device_kind == "cuda" else 1
     timeline = training_timeline(run, block_bytes=block)
     model = fake_model(run.shape, run.packing, run.tuning, run.length)
@@ -49,7 +50,7 @@ def litgpt_step(trial: Trial, rows: LongestRows, *, device_kind: DeviceKind) -> 
     )
 
 
-def run_of(trial: Trial, rows: LongestRows) -> LitRun:
+def run_of(trial: Trial, rows: LongestRows, *, first: bool = False) -> LitRun:
     """What lit-gpt is asked for; raises as `litgpt_step` does."""
     training = trial.training
     if training.precision != "bf16":
@@ -65,9 +66,9 @@ def run_of(trial: Trial, rows: LongestRows) -> LitRun:
         optimizer=_optimizer(trial),
         micro_batch=micro_batch,
         length=max(rows.lengths),
-        first=False,
+        first=first,
         accumulates=training.batch_size > training.micro_batch_size,
-        before=max(others, default=max(rows.lengths)),
+        before=0 if first else max(others, default=max(rows.lengths)),
     )
 
 
