@@ -1,4 +1,4 @@
-"""`lora-lab reproduce STUDY`: runs what is missing of a study, judges every claim, writes the page, prints the verdicts."""
+"""`lora-lab reproduce STUDY`: runs what is missing, judges every claim, writes the page, prints the verdicts."""
 
 from __future__ import annotations
 

@@ -13,9 +13,7 @@ from lora_lab.app.study_call import StagePlan
 from lora_lab.errors import InputError, Problem
 from lora_lab.plan.job import Job
 from lora_lab.record.ledger import Ledger
-from lora_lab.record.result import Result
-from lora_lab.record.run_record import RunHeader
-from lora_lab.record.watcher import CohortView, StepValues, Watcher, Watchers
+from lora_lab.record.watcher import Watcher, Watchers
 from lora_lab.report.redraw import Redraw
 from lora_lab.schema.study import Study
 

@@ -1,4 +1,4 @@
-"""All stages of a study in their order: tuning, then what is judged, then the clock; and what is written before each."""
+"""All stages of a study in their order: tuning, then what is judged, then the clock; and what is written before."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def plan_stages(call: StudyCall, *, seeds: Sequence[int] = ()) -> Stages:
     Raises:
         InputError: with what is wrong with the first stage that has problems.
     """
-    design, tuning, picks = call.design, None, ()
+    design, tuning = call.design, None
+    picks: tuple[Pick, ...] = ()
     if points := tuning_points(design):
         assert design.tuning is not None
         tuning = plan_points(call, points, metrics=[design.tuning.metric])

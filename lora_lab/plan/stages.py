@@ -1,4 +1,4 @@
-"""The points of a study, stage by stage: those that tune, those that are judged, those for the clock, those only counted.
+"""The points of a study, stage by stage: those that tune, that are judged, for the clock, and those only counted.
 
 Pure: from a design and the learning rates that tuning picked to flat mappings of configuration keys, not yet composed.
 """
