@@ -108,6 +108,17 @@ def test_what_lit_gpt_does_not_do_is_said(make_trial: MakeTrial, overrides: tupl
     assert why in raised.value.reason
 
 
+@pytest.mark.parametrize(("overrides", "published"), [(("quantization=nf4", "optimizer=paged_adamw"), 14.18)])
+def test_the_longest_row_first_gives_the_published_peak(
+    make_trial: MakeTrial, overrides: tuple[str, ...], published: float
+) -> None:
+    """Raschka 2023, QLoRA at rank 8; with such a row at any other place it would be 16.2 GB."""
+    trial = make_trial("model=llama2_7b", "setup=raschka_lora", "data.max_length=1304", *overrides)
+    rows = LongestRows((1304,) * 128, (1303,) * 128, "made up")
+    found = predict(trial, rows, device_kind="cuda", style="litgpt_first")
+    assert found.peak_allocated_bytes / 1e9 == pytest.approx(published, rel=0.01)
+
+
 def test_labels_give_the_loss_of_our_own_forward(make_trial: MakeTrial, shared: Path) -> None:
     trial = make_trial()
     base = load_base(trial.model, precision="fp32", quantization=trial.quantization, device="cpu", cache=shared).model
