@@ -150,7 +150,7 @@ def test_degrees_of_freedom() -> None:
     both = crossed(_cells((5, 9)))
     assert both.seed_part is not None and both.example_part is not None
     rest = _mean_squares(_cells((5, 9)))[2] / 45
-    share = (both.seed_part - rest / 2) / (both.seed_part + both.example_part)
+    share = (both.seed_part - rest / 3) / (both.seed_part + both.example_part)
     assert 0.3 < share < 0.95
     assert 1 / both.degrees_of_freedom == pytest.approx(share / 4 + (1 - share) / 8)
 
