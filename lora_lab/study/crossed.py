@@ -38,7 +38,7 @@ of their degrees of freedom (Hajek 1962; Mickey and Brown 1966). The second weig
 weigh quantiles in the Behrens-Fisher problem. Satterthwaite (1946) has f^2 in place of f, and is too narrow here: where
 M_S is small by chance, so is the variance, and the degrees of freedom are large just then. Two things are no theory but
 set by calibration. The ceiling: without it, studies of 100 examples in which examples dominate, skewed or of unequal
-weight, gave up to 5.9 % of false verdicts, and with it 4.6 %. The third of M_R that f leaves out: M_R is known from
+weight, gave up to 5.9 % of false verdicts, and with it 4.7 %. The third of M_R that f leaves out: M_R is known from
 (S - 1)(E - 1) values. To leave out none of it widens intervals by 10 % at 5 seeds where c dominates; to leave out all
 gives up to 5.4 % of false verdicts at 95 % and 1.9 % at 99 %; a third gives 4.5 % and 0.9 % (normal, E infinite, by
 quadrature, worst over all shares). All is held to simulated studies (tests/calibration).
