@@ -22,7 +22,7 @@ from tests.calibration.counting import Count, everything
 
 SEEDS = (3, 5, 10)
 # Examples: studies of each kind.
-SIZES = {100: 4000, 500: 2000, 2000: 1000}
+SIZES = {100: 3000, 500: 1000, 2000: 500}
 # A kind counts as out of bounds where so low a bound on its true rate is above what is allowed.
 _CHANCE = 0.001
 
@@ -30,7 +30,7 @@ _CHANCE = 0.001
 def out_of_bounds(count: Count) -> bool:
     """Whether the rate is above its bound even at the lower end of its exact binomial interval (Clopper-Pearson)."""
     wrong = round(count.false * count.studies)
-    return wrong > 0 and float(special.btdtri(wrong, count.studies - wrong + 1, _CHANCE)) > count.bound
+    return wrong > 0 and float(special.betaincinv(wrong, count.studies - wrong + 1, _CHANCE)) > count.bound
 
 
 def _table(
@@ -44,10 +44,11 @@ def _table(
             cells[row(count)][count.seeds].append(100 * number)
     lines = []
     for name, columns in cells.items():
-        shown = [
-            f"{max(columns[seeds]):.1f}" if worst else " ".join(f"{one:3.0f}" for one in columns[seeds])
-            for seeds in SEEDS
-        ]
+        shown = []
+        for seeds in SEEDS:
+            values = columns[seeds]
+            numbers = [f"{max(values):.1f}"] if worst and values else [f"{one:3.0f}" for one in values]
+            shown.append(" ".join(numbers) or "-")
         lines.append(f"{name:<64}" + "".join(f"{one:>16}" for one in shown))
     return lines
 
