@@ -1,4 +1,4 @@
-"""What is known of a study's points before anything runs: `planned.json`, which formulas with `planned(NAME, ARM)` read.
+"""What is known of a study's points before anything runs: `planned.json`, read by formulas with `planned(NAME, ARM)`.
 
 By run id: parameters as they are counted, bytes of the step as they are predicted (`predicted_...`), every number under
 the name that formulas use. `missing` says why a number that was looked for is absent; `notes`, what it rests on.
