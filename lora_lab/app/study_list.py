@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_lab.app.locations import sweep_folders
-from lora_lab.app.study_call import folder_name
 from lora_lab.errors import InputError
+from lora_lab.plan.shown_study import folder_name
 from lora_lab.plan.stages import SettingKey, judged_points, setting_key, timing_points, tuning_points
 from lora_lab.plan.study_file import read_study
 from lora_lab.record.kept_records import FOLDER
