@@ -1,4 +1,4 @@
-"""`reproduce --list`: every study with its claims, what it costs, and what was found so far. No torch, nothing composed."""
+"""`reproduce --list`: every study with its claims, what it costs, and what was found so far. Nothing is composed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, get_args
 from lora_lab.app.locations import sweep_folders
 from lora_lab.app.study_call import folder_name
 from lora_lab.errors import InputError
-from lora_lab.plan.stages import SettingKey, judged_points, rates_of, setting_key, timing_points, tuning_points
+from lora_lab.plan.stages import SettingKey, judged_points, setting_key, timing_points, tuning_points
 from lora_lab.plan.study_file import read_study
 from lora_lab.record.kept_records import FOLDER
 from lora_lab.record.ledger import Ledger
@@ -95,8 +95,9 @@ def _listed(study: Study, scale: Scale, root: Path, records: Path) -> ListedStud
     for place, told in ((root, "own ledger"), (records, "kept records")):
         known = read_verdicts(study_folder(place, name))
         if known is not None:
-            said, judged = Counter(one["word"] for one in known.verdicts), told
-            problem = None if known.digest == digest_of(content_of(study, scale)) else _CHANGED
+            newest = known.newest
+            said, judged = Counter(one["word"] for one in newest.verdicts) if newest is not None else {}, told
+            problem = None if known.registration == digest_of(content_of(study, scale)) else _CHANGED
             break
     results = _results(place, name) if judged is not None else []
     return ListedStudy(

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lora_lab.app.picked_rates import picks_of, told
-from lora_lab.app.planning import cache_folder
 from lora_lab.app.planned_stage import planned_stage
+from lora_lab.app.planning import cache_folder
 from lora_lab.app.study_call import StagePlan, StudyCall, plan_points
 from lora_lab.plan.stages import (
     SEED,
@@ -24,12 +25,13 @@ from lora_lab.plan.stages import (
     tuning_points,
 )
 from lora_lab.record.ledger import Ledger, run_id_of
-from lora_lab.record.looks import begin_look
 from lora_lab.record.planned_facts import write_planned
 from lora_lab.record.registration import register
-from lora_lab.record.study_folder import begin_study, study_folder
+from lora_lab.record.study_folder import begin_study, read_study, study_folder, write_table
 from lora_lab.record.study_points import StudyPoint, read_points, write_points
+from lora_lab.record.verdicts import begin_look
 from lora_lab.record.wandb_tracker import WandbTracker
+from lora_lab.study.table import settings_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +133,8 @@ def run_stages(call: StudyCall, *, seeds: Sequence[int] = ()) -> tuple[Stages, b
     for one in stages.plans:
         check_stage(one.plan)
     folder = folder_of(call)
-    register(folder, call.study, call.scale)
-    begin_look(folder, seeds)
+    registration = register(folder, call.study, call.scale)
+    begin_look(folder, registration.digest, call.scale, seeds)
     write_planned(folder, facts)
     write_stages(call, stages, planned)
     with WandbTracker(call.lab.tracking, call.root, cache=cache_folder(call.lab), study=call.shown.name) as tracker:
@@ -150,7 +152,15 @@ def run_stages(call: StudyCall, *, seeds: Sequence[int] = ()) -> tuple[Stages, b
         if stages.timing is not None:
             _say("timing", stages.timing)
             is_whole &= run_stage(stages.timing, tracker, study=None, one_by_one=True)
+        table = _table(call)
+        write_table(folder, table)
+        tracker.study_finished(call.shown.name, table)
     return stages, is_whole and not stages.waiting
+
+
+def _table(call: StudyCall) -> dict[str, Any]:
+    records = read_study(call.root, call.shown.name).records(Ledger(call.root))
+    return settings_table(records, metrics=call.shown.metrics or None).to_json()
 
 
 def _say(name: str, stage: StagePlan) -> None:

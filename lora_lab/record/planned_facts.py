@@ -26,6 +26,10 @@ class PlannedFacts:
     missing: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def by_name(self) -> dict[str, int | str]:
+        """Each number by its name, or the reason why it has none."""
+        return {**self.missing, **self.values}
+
 
 def predicted_values(prediction: Prediction) -> dict[str, int]:
     """The bytes of a prediction by the names that formulas use; those of its parts add up to the peak."""
