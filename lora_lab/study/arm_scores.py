@@ -62,9 +62,7 @@ class ArmScores:
             ValueError: see `crossed.contrast`.
         """
         chosen = [self.arms[name] for name in names]
-        return contrast(
-            chosen, coefficients, self.weights, deterministic=all(name in self.untrained for name in names)
-        )
+        return contrast(chosen, coefficients, self.weights, deterministic=all(name in self.untrained for name in names))
 
     def mean(self, name: str) -> float:
         """The arm's score over all seeds and examples."""
@@ -104,7 +102,7 @@ def _heldout_scores(run: ArmRun, metric: str, known: Metric) -> RunScores | str:
     if not rows:
         return f"{run} has no held-out rows"
     if metric == _LOSS:
-        weights = {row.index: float(row.loss_tokens) for row in rows}
+        weights: dict[Hashable, float] = {row.index: float(row.loss_tokens) for row in rows}
         return RunScores({row.index: row.loss_nats for row in rows}, weights, known)
     return RunScores({row.index: row.exact_match for row in rows if row.exact_match is not None}, None, known)
 

@@ -14,7 +14,6 @@ from typing import Any
 from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.plan.expand import expand
 from lora_lab.plan.stages import SEED, fits, is_tuned, setting_key
-from lora_lab.record.planned_facts import PlannedFacts
 from lora_lab.record.result import Result, Status
 from lora_lab.record.run_record import RunRecord
 from lora_lab.record.study_points import Stage, StudyPoint
@@ -24,6 +23,8 @@ from lora_lab.schema.study import Study
 from lora_lab.study.settings import is_base
 
 Values = Mapping[str, Any]
+# By run id: each known number by its name, or as a text why it has none; or one text why none is known.
+Planned = Mapping[str, Mapping[str, float | int | str] | str]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Evidence:
     study: Study
     scale: Scale
     points: tuple[StudyPoint, ...]
-    planned: Mapping[str, PlannedFacts]
+    planned: Planned
     records: Mapping[str, RunRecord]
     seeds: tuple[int, ...]
     registered_at: str | None
@@ -42,6 +43,12 @@ class Evidence:
     def design(self) -> Design:
         """The design of the scale."""
         return self.study.design(self.scale)
+
+    @property
+    def command(self) -> str:
+        """How what is missing is run."""
+        scale = "" if self.scale == "pocket" else f" --scale {self.scale}"
+        return f"lora-lab reproduce {self.study.name}{scale}"
 
     def of_setting(self, values: Values, stage: Stage) -> list[StudyPoint]:
         """A setting's points of a stage, judged ones of the look's seeds only."""

@@ -7,12 +7,10 @@ missing is made up for.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from lora_lab.record.ledger import Ledger
-from lora_lab.record.planned_facts import PlannedFacts
 from lora_lab.record.study_points import StudyPoint
 from lora_lab.schema.claims import (
     Claim,
@@ -22,20 +20,16 @@ from lora_lab.schema.claims import (
     NotRunnable,
     Ratio,
     Scale,
-    arm_names,
     is_deterministic,
     needs_runs,
 )
 from lora_lab.schema.study import Study
-from lora_lab.study.arms import Evidence
+from lora_lab.study.arms import Evidence, Planned
 from lora_lab.study.conjunction import judge_conjunction
-from lora_lab.study.crossed import crossed
-from lora_lab.study.decisions import FEWEST_REPEATS, confidence_of, exact, ratio_bounds
 from lora_lab.study.draft import Draft
+from lora_lab.study.judge_costs import judge_exact, judge_ratio
 from lora_lab.study.judge_scored import judge_scored
-from lora_lab.study.needed import what_decides
-from lora_lab.study.quantities import Undecided, ratio_costs, term_value
-from lora_lab.study.verdict import ArmScore, Verdict, word
+from lora_lab.study.verdict import Verdict, word
 from lora_lab.study.verdict_words import place, sentence_of
 
 _INTERVALS = ("superiority", "equality", "monotone", "best_of", "ratio")
@@ -45,10 +39,10 @@ def judge_study(
     study: Study,
     scale: Scale,
     points: Sequence[StudyPoint],
-    planned: Mapping[str, PlannedFacts],
+    planned: Planned,
     ledger: Ledger,
     *,
-    seeds: Sequence[int] = (),
+    seeds: Sequence[int] | None = None,
     registered_at: str | None = None,
 ) -> list[Verdict]:
     """A verdict for every claim at this scale and each of its forms, in the order of the file.
@@ -56,7 +50,7 @@ def judge_study(
     points: as `points.json` has them, of all stages; a claim over planned quantities of the published design finds
     them among points of the stage `planned`. Rates that tuning picked stand in the points; they are picked again from
     the tuning runs, and another outcome is a reason not to decide. seeds: of a later look, which is judged on them
-    alone; empty: those of the design. registered_at: when the criteria were fixed (UTC); runs that ended before are
+    alone; None: those of the design. registered_at: when the criteria were fixed (UTC); runs that ended before are
     counted in the verdict.
 
     Raises:
@@ -68,7 +62,7 @@ def judge_study(
         points=tuple(points),
         planned=planned,
         records={record.run_id: record for record in ledger.runs()},
-        seeds=tuple(seeds) or study.design(scale).seeds,
+        seeds=tuple(seeds or ()) or study.design(scale).seeds,
         registered_at=registered_at,
     )
     claims = claims_judged(study, scale)
@@ -157,33 +151,19 @@ def _draft(evidence: Evidence, claim: Claim, form: Form | None, members: int) ->
     if isinstance(claim, NotRunnable):
         return Draft().undecided("not runnable", [claim.reason], None)
     if isinstance(claim, Exact):
-        return _judge_exact(evidence, claim)
+        return judge_exact(evidence, claim)
     assert form is not None and not isinstance(claim, Conjunction)
     if isinstance(claim, Ratio):
-        return _judge_ratio(evidence, claim, form, members)
+        return judge_ratio(evidence, claim, form, members)
     return judge_scored(evidence, claim, form, members)
 
 
-def _judge_ratio(evidence: Evidence, claim: Ratio, form: Form, members: int) -> Draft:
-    begun = Draft(metric=claim.measure, low=claim.low, high=claim.high, unit="ratio")
-    try:
-        costs = ratio_costs(evidence, claim, form)
-    except Undecided as error:
-        decision = "inconclusive" if error.is_begun else "not run"
-        draft = begun.changed(run_ids=_ids_of(evidence, error))
-        return draft.undecided(decision, error.reasons, "the runs that are missing: " + evidence.command)
-    logs = costs.log_ratios
-    ratio = math.exp(math.fsum(logs) / len(logs))
-    draft = begun.changed(value=ratio, arms=costs.arms, run_ids=costs.run_ids, notes=costs.notes, per=costs.per)
-    if costs.is_exact:
-        return draft.with_ruling(exact(costs.pairs[0][0] / costs.pairs[0][1], claim.low, claim.high))
-    if len(logs) < FEWEST_REPEATS:
-        why = f"{len(logs)} {costs.per}s of {claim.arm} and {claim.against}, fewer than {FEWEST_REPEATS} decide nothing"
-        return draft.undecided("inconclusive", [why], None)
-    ruling = ratio_bounds(logs, claim.low, claim.high, confidence_of(claim.rule, members))
-    draft = draft.changed(estimate=crossed([[value] for value in logs])).with_ruling(ruling)
-    edges = [math.log(edge) for edge in (claim.low, claim.high) if edge is not None and edge > 0]
-    if draft.decision == "inconclusive" and edges and draft.estimate is not None and draft.confidence is not None:
-        told = what_decides(draft.estimate, draft.confidence, edges, unit=costs.per)
-        return draft.changed(would_decide=told)
-    return draft
+def _ended_before(evidence: Evidence, run_ids: Sequence[str]) -> list[str]:
+    """How many runs the criteria may have been fitted to."""
+    if evidence.registered_at is None:
+        return []
+    fixed = datetime.fromisoformat(evidence.registered_at)
+    results = [evidence.records[one].result for one in dict.fromkeys(run_ids) if one in evidence.records]
+    ended = [result for result in results if result is not None]
+    early = sum(datetime.fromisoformat(result.finished_at) < fixed for result in ended)
+    return [f"{early} of {len(ended)} runs had ended before the criteria were fixed"] if early else []

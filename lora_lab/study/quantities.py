@@ -24,13 +24,15 @@ from lora_lab.study.verdict import ArmScore
 _COUNTS = ("trainable_parameters", "total_parameters")
 
 
-class Undecided(Exception):
-    """A number is not known. reasons: every one; is_begun: whether any of the runs it needs is there."""
+class NotKnownError(Exception):
+    """A number is not known. reasons: every one; is_begun: whether any of the runs it needs is there;
+    run_ids: of those that there are."""
 
-    def __init__(self, reasons: Sequence[str], *, is_begun: bool = True) -> None:
+    def __init__(self, reasons: Sequence[str], *, is_begun: bool = True, run_ids: Sequence[str] = ()) -> None:
         super().__init__("; ".join(reasons))
         self.reasons = tuple(reasons)
         self.is_begun = is_begun
+        self.run_ids = tuple(run_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,28 +57,30 @@ def ratio_costs(evidence: Evidence, claim: Ratio, form: Form) -> Costs:
     """The costs that a ratio claim is about.
 
     Raises:
-        Undecided: with why they are not known. InputError: an arm is not exactly one setting.
+        NotKnownError: with why they are not known. InputError: an arm is not exactly one setting.
     """
     return _times(evidence, claim, form) if is_time(claim.measure) else _sizes(evidence, claim, form)
 
 
 def _times(evidence: Evidence, claim: Ratio, form: Form) -> Costs:
     if evidence.design.timing is None:
-        raise Undecided([f"{claim.measure}: times are taken from runs for the clock only, and the study has no timing"])
+        raise NotKnownError(
+            [f"{claim.measure}: times are taken from runs for the clock only, and the study has no timing"]
+        )
     sides = [_timing_runs(evidence, name, form) for name in (claim.arm, claim.against)]
     reasons = [f"no run for the clock of {arm} was asked for yet" for arm, runs in sides if not runs]
     runs = [run for _, found in sides for run in found]
     if not any(run.record is not None for run in runs):
-        raise Undecided(reasons or [f"no run for the clock of {claim.arm} or {claim.against}"], is_begun=False)
+        raise NotKnownError(reasons or [f"no run for the clock of {claim.arm} or {claim.against}"], is_begun=False)
     reasons += [why for run in runs if (why := _why_no_time(run, claim.measure)) is not None]
     if reasons:
-        raise Undecided(reasons)
+        raise NotKnownError(reasons)
     by_repeat = [{run.result.repeat: run for run in found} for _, found in sides]
     reasons = [*_not_in_turns(claim, by_repeat), *_other_machines(runs)]
     if (lacking := _too_few(evidence, by_repeat)) is not None:
         reasons.append(lacking)
     if reasons:
-        raise Undecided(reasons)
+        raise NotKnownError(reasons)
     repeats = sorted(by_repeat[0])
     values = [[float(side[repeat].result.measurements[claim.measure]) for repeat in repeats] for side in by_repeat]
     arms = [_shown(arm, found, side) for (arm, found), side in zip(sides, values, strict=True)]
@@ -118,7 +122,10 @@ def _not_in_turns(claim: Ratio, by_repeat: Sequence[dict[int, ArmRun]]) -> list[
         told = [", ".join(map(str, sorted(side))) for side in by_repeat]
         return [f"the repeats do not pair: {claim.arm} has {told[0]}, {claim.against} has {told[1]}"]
     spans = [
-        (min(_time(run.result.started_at) for run in side.values()), max(_time(run.result.finished_at) for run in side.values()))
+        (
+            min(_time(run.result.started_at) for run in side.values()),
+            max(_time(run.result.finished_at) for run in side.values()),
+        )
         for side in by_repeat
     ]
     (begun, ended), (other_begun, other_ended) = spans
@@ -154,10 +161,10 @@ def _loads(runs: Sequence[ArmRun]) -> tuple[str, ...]:
 def _sizes(evidence: Evidence, claim: Ratio, form: Form) -> Costs:
     arms = [arm_runs(evidence, name, form) for name in (claim.arm, claim.against)]
     if not any(arm.is_begun for arm in arms):
-        raise Undecided([reason for arm in arms for reason in arm.reasons], is_begun=False)
+        raise NotKnownError([reason for arm in arms for reason in arm.reasons], is_begun=False)
     reasons = [*(reason for arm in arms for reason in arm.reasons), *not_pairing(arms)]
     if reasons:
-        raise Undecided(reasons)
+        raise NotKnownError(reasons)
     values = [measured_values(arm, claim.measure) for arm in arms]
     shown = [_shown(arm.name, arm.runs, side) for arm, side in zip(arms, values, strict=True)]
     is_exact = all(len(set(side)) == 1 for side in values)
@@ -171,19 +178,21 @@ def measured_values(arm: ArmRuns, name: str) -> list[float]:
     """A measurement, or a count of parameters, of every run of an arm; positive.
 
     Raises:
-        Undecided: a run lacks it, or it is not the run's own (trained together with others).
+        NotKnownError: a run lacks it, or it is not the run's own (trained together with others).
     """
     if name in _COUNTS:
         counts = [(run, getattr(run.result, name)) for run in arm.runs]
         if lacking := [f"{run} has no {name}" for run, count in counts if not count]:
-            raise Undecided(lacking)
+            raise NotKnownError(lacking)
         return [float(count) for _, count in counts]
     told = [(run.record, run.result) for run in arm.runs if run.record is not None]
     own = {record.run_id for record, _ in comparable_runs(told, name)[0]}
-    reasons = [f"{run} was not measured alone, so it has no {name} of its own" for run in arm.runs if run.run_id not in own]
+    reasons = [
+        f"{run} was not measured alone, so it has no {name} of its own" for run in arm.runs if run.run_id not in own
+    ]
     reasons += [why for run in arm.runs if run.run_id in own and (why := _why_no_number(run, name)) is not None]
     if reasons:
-        raise Undecided(reasons)
+        raise NotKnownError(reasons)
     return [float(run.result.measurements[name]) for run in arm.runs]
 
 
@@ -197,7 +206,7 @@ def term_value(evidence: Evidence, claim: Exact, term: Term) -> tuple[float, tup
     """What a term of a formula stands for, and the runs (planned or made) that it comes from.
 
     Raises:
-        Undecided: with why it is not known. InputError: its arm is not exactly one setting.
+        NotKnownError: with why it is not known. InputError: its arm is not exactly one setting.
     """
     if term.arm is None:
         return next(one.value for one in claim.published if one.id == term.name), ()
@@ -207,11 +216,11 @@ def term_value(evidence: Evidence, claim: Exact, term: Term) -> tuple[float, tup
     form: Form = "tuned" if stages.is_tuned(stages.arm_setting(design, term.arm, where="claims")) else "as_published"
     arm = arm_runs(evidence, term.arm, form)
     if arm.reasons:
-        raise Undecided(arm.reasons, is_begun=arm.is_begun)
+        raise NotKnownError(arm.reasons, is_begun=arm.is_begun)
     values = measured_values(arm, term.name)
     if len(set(values)) > 1:
         told = f"from {min(values):.6g} to {max(values):.6g}"
-        raise Undecided([f"{term}: the runs of {term.arm} do not agree ({told}), so chance has a part in it"])
+        raise NotKnownError([f"{term}: the runs of {term.arm} do not agree ({told}), so chance has a part in it"])
     return values[0], arm.run_ids
 
 
@@ -226,9 +235,10 @@ def _planned(evidence: Evidence, claim: Exact, name: str, arm: str) -> tuple[flo
     ids = [one.run_id for one in evidence.of_setting(values, "planned")]
     facts = next((evidence.planned[run_id] for run_id in ids if run_id in evidence.planned), None)
     if facts is None:
-        raise Undecided([f"planned({name}, {arm}): nothing was planned for {arm} yet"], is_begun=False)
-    if name not in facts.values:
-        choices = ", ".join(facts.values)
-        why = facts.missing.get(name, f"no such number; there are {choices}")
-        raise Undecided([f"planned({name}, {arm}) is not known: {why}"])
-    return float(facts.values[name]), tuple(ids[:1])
+        raise NotKnownError([f"planned({name}, {arm}): nothing was planned for {arm} yet"], is_begun=False)
+    known = facts if isinstance(facts, str) else facts.get(name)
+    if known is None and not isinstance(facts, str):
+        known = f"no such number; there are {', '.join(key for key, one in facts.items() if not isinstance(one, str))}"
+    if isinstance(known, str) or known is None:
+        raise NotKnownError([f"planned({name}, {arm}) is not known: {known}"])
+    return float(known), tuple(ids[:1])

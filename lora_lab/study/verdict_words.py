@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_lab.record.run_record import RunRecord
-from lora_lab.schema.claims import BestOf, Claim, Conjunction, Equality, Exact, Monotone, NotRunnable, Ratio, Superiority
+from lora_lab.schema.claims import (
+    BestOf,
+    Claim,
+    Conjunction,
+    Equality,
+    Exact,
+    Monotone,
+    NotRunnable,
+    Ratio,
+    Superiority,
+)
 from lora_lab.schema.design import Design
 from lora_lab.study.estimate import Estimate
 from lora_lab.study.verdict import Verdict
@@ -40,12 +50,12 @@ def _data(section: dict[str, Any]) -> str:
     return text.rstrip("/").rpartition("/")[2]
 
 
-def sentence_of(verdict: Verdict, claim: Claim, where: str) -> str:
-    """The sentence. where: as `place` gives it."""
+def sentence_of(verdict: Verdict, claim: Claim, where: str, besides: Sequence[str] = ()) -> str:
+    """The sentence. where: as `place` gives it. besides: what must be said in it, at its end."""
     word = verdict.word[0].upper() + verdict.word[1:]
     head = word if isinstance(claim, (Exact, NotRunnable)) or not where else f"{word} on {where}"
     parts = [text for text in (_finding(verdict, claim), _why(verdict)) if text]
-    return f"{head}: {'; '.join(parts)}."
+    return f"{head}: {'; '.join([*parts, *besides])}."
 
 
 def _why(verdict: Verdict) -> str | None:
@@ -79,7 +89,9 @@ def _difference(estimate: Estimate, verdict: Verdict, claim: Claim) -> str:
         return f"{verdict.metric} {verb} by {size} {unit} along {', '.join(claim.arms)} (on the straight line)"
     if isinstance(claim, BestOf):
         rival = closest_rival(verdict, claim)
-        return f"{verdict.metric} of {claim.best} is {size} {unit} {direction} that of {rival}, the closest of the others"
+        return (
+            f"{verdict.metric} of {claim.best} is {size} {unit} {direction} that of {rival}, the closest of the others"
+        )
     if isinstance(claim, (Superiority, Equality)):
         return f"{verdict.metric} of {_mean(claim.arm)} is {size} {unit} {direction} that of {_mean(claim.against)}"
     raise TypeError(f"no difference of a {claim.rule} claim")
