@@ -7,7 +7,7 @@ says *same direction* or *opposite direction*: a small model cannot refute a cla
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lora_lab.schema.claims import Claim, Form, Scale, is_deterministic
@@ -63,11 +63,11 @@ class Verdict:
 
     word: as readers see it. sentence: the verdict in one sentence, with its numbers. metric, unit: what was compared, a
     metric or a measure of cost; a formula for exact claims. estimate: the difference, of interval claims (of best_of
-    that to the closest rival, of ratios of the logarithm). value: of exact claims, and the ratio of ratios.
+    that to the closest rival, of ratios of the logarithm). value: of exact ones, and the ratio of ratios.
     interval_low, interval_high: the interval that was held against low and high, at `confidence`; None of exact ones.
     low, high: where the interval or value must lie for the claim to hold, None for an open end. contrasts: every single
-    difference, best_of and monotone have several. reasons: why it is not decided. notes: what else to know. would_decide:
-    what would, where that can be said.
+    difference, of which best_of and monotone have several. reasons: why it is not decided. notes: what else to know.
+    would_decide: what would, where that can be said.
     """
 
     claim: str
@@ -90,6 +90,10 @@ class Verdict:
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
     would_decide: str | None
+
+    def saying(self, sentence: str) -> Verdict:
+        """The same, with its sentence."""
+        return replace(self, sentence=sentence)
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
