@@ -148,4 +148,3 @@ def plan_points(
     rows = plan.rows[len(plan.rows) - len(points) :]
     run_ids = tuple(run_id_of(row.fingerprint, row.repeat) for row in rows)
     return StagePlan(tuple(points), run_ids, dataclasses.replace(plan, study=call.shown))
-

@@ -290,6 +290,10 @@ def test_a_deleted_run_is_never_made_up_for(done: Study) -> None:
     assert point["run_id"] in " ".join(verdict["reasons"])
 
     shutil.rmtree(gone)
+    (own,) = [
+        one for one in call("reproduce", "--list", "--json", f"root={done.lab.root}").json() if one["name"] == "ranks"
+    ]
+    assert own["judged"] == "own ledger" and own["verdicts"]["inconclusive"] == 3, "a list does not keep it either"
     again = done.reproduce("--json")
     assert again.code == 0 and gone.is_dir(), "reproduce runs it once more"
     assert said(again)["equal", "as_published"] == "holds"
