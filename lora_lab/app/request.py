@@ -11,7 +11,9 @@ from lora_lab.app.locations import sweep_folders
 from lora_lab.app.overrides import parse
 from lora_lab.errors import InputError, Problem
 from lora_lab.plan.expand import count, expand
+from lora_lab.plan.stages import is_tuned
 from lora_lab.plan.study_file import find_study, read_study_with_places, value_key
+from lora_lab.schema.design import RATE, TUNED
 from lora_lab.schema.study import Study
 
 _Places = Mapping[tuple[str, str], str]
@@ -55,12 +57,22 @@ def gather(composer: Composer, points: Sequence[Sequence[str]]) -> Request:
             continue
         try:
             study, places = read_study_with_places(find_study(str(first.mapping["study"]), sweep_folders()))
+            _check_rates(study)
             _check_size(study, limit=first.mapping["max_runs"])
             composed += _study_points(composer, study, point, places)
         except InputError as error:
             problems.update(dict.fromkeys(error.problems))
             composed.append(first)
     return Request(tuple(composed), study, tuple(problems), places)
+
+
+def _check_rates(study: Study) -> None:
+    """A rate that tuning is to pick is known only after runs of another stage."""
+    if any(map(is_tuned, expand(study))):
+        text = (
+            f"{RATE}: {TUNED} is picked by runs that come first: lora-lab reproduce {study.name} (--dry-run plans it)"
+        )
+        raise InputError(Problem("study", text))
 
 
 def _check_size(study: Study, *, limit: object) -> None:

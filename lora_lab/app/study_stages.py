@@ -6,11 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lora_lab.app.picked_rates import picks_of, told
+from lora_lab.app.planned_stage import planned_stage
 from lora_lab.app.planning import cache_folder
 from lora_lab.app.study_call import StagePlan, StudyCall, plan_points
 from lora_lab.plan.stages import (
+    SEED,
     Pick,
     Rates,
     StagePoint,
@@ -22,10 +25,13 @@ from lora_lab.plan.stages import (
     tuning_points,
 )
 from lora_lab.record.ledger import Ledger, run_id_of
+from lora_lab.record.planned_facts import write_planned
 from lora_lab.record.registration import register
-from lora_lab.record.study_folder import begin_study, study_folder
+from lora_lab.record.study_folder import begin_study, read_study, study_folder, write_table
 from lora_lab.record.study_points import StudyPoint, read_points, write_points
+from lora_lab.record.verdicts import begin_look
 from lora_lab.record.wandb_tracker import WandbTracker
+from lora_lab.study.table import settings_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +129,22 @@ def run_stages(call: StudyCall, *, seeds: Sequence[int] = ()) -> tuple[Stages, b
     from lora_lab.app.stage_runs import check_stage, run_stage
 
     stages = plan_stages(call, seeds=seeds)
+    planned, facts = planned_stage(call)
     for one in stages.plans:
         check_stage(one.plan)
-    register(folder_of(call), call.study, call.scale)
-    write_stages(call, stages)
+    folder = folder_of(call)
+    registration = register(folder, call.study, call.scale)
+    begin_look(folder, registration.digest, call.scale, seeds)
+    write_planned(folder, facts)
+    write_stages(call, stages, planned)
     with WandbTracker(call.lab.tracking, call.root, cache=cache_folder(call.lab), study=call.shown.name) as tracker:
         is_whole = True
         if stages.tuning is not None:
             _say("tuning", stages.tuning)
             is_whole = run_stage(stages.tuning, tracker, study=None, one_by_one=False)
             stages = plan_stages(call, seeds=seeds)
-            write_stages(call, stages)
-            for line in told(stages.picks):
+            write_stages(call, stages, planned)
+            for line in told(stages.picks, base=call.design.base):
                 print(f"picked: {line}", file=sys.stderr)
         if stages.judged is not None:
             _say("judged", stages.judged)
@@ -142,7 +152,15 @@ def run_stages(call: StudyCall, *, seeds: Sequence[int] = ()) -> tuple[Stages, b
         if stages.timing is not None:
             _say("timing", stages.timing)
             is_whole &= run_stage(stages.timing, tracker, study=None, one_by_one=True)
+        table = _table(call)
+        write_table(folder, table)
+        tracker.study_finished(call.shown.name, table)
     return stages, is_whole and not stages.waiting
+
+
+def _table(call: StudyCall) -> dict[str, Any]:
+    records = read_study(call.root, call.shown.name).records(Ledger(call.root))
+    return settings_table(records, metrics=call.shown.metrics or None).to_json()
 
 
 def _say(name: str, stage: StagePlan) -> None:
@@ -150,10 +168,11 @@ def _say(name: str, stage: StagePlan) -> None:
     print(f"{name}: {len(stage.plan.jobs)} runs, {done} done", file=sys.stderr)
 
 
-def write_stages(call: StudyCall, stages: Stages) -> None:
+def write_stages(call: StudyCall, stages: Stages, planned: Sequence[StudyPoint]) -> None:
     """Puts down what is asked for: the study, its judged runs, and which run is which point."""
     folder = folder_of(call)
     points = merged([point for one in stages.plans for point in one.study_points()], read_points(folder))
+    points += planned
     asked = [] if stages.judged is None else [run_id_of(job.fingerprint, job.repeat) for job in stages.judged.plan.jobs]
     asked += [point.run_id for point in points if point.stage == "judged"]
     begin_study(call.root, call.shown, list(dict.fromkeys(asked)))
@@ -161,8 +180,6 @@ def write_stages(call: StudyCall, stages: Stages) -> None:
 
 
 def merged(new: Sequence[StudyPoint], kept: Sequence[StudyPoint]) -> list[StudyPoint]:
-    """The new points, and the judged ones of other looks that were kept before."""
-    seeds = {point.values.get("seed") for point in new if point.stage == "judged"}
-    earlier = [one for one in kept if one.stage == "judged" and one.values.get("seed") not in seeds]
-    planned = [] if any(point.stage == "planned" for point in new) else [one for one in kept if one.stage == "planned"]
-    return [*new, *earlier, *planned]
+    """The new points, and of those that were kept before the judged ones of other looks."""
+    seeds = {point.values.get(SEED) for point in new if point.stage == "judged"}
+    return [*new, *(one for one in kept if one.stage == "judged" and one.values.get(SEED) not in seeds)]

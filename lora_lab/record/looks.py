@@ -1,50 +1,17 @@
-"""Looks at a study: which seeds were judged together, in the order in which it was decided to run them (`looks.json`).
+"""Which seeds a call looks at. Looks are written down by `record.verdicts`.
 
 Seeds that are added once a verdict is known are a new look, judged by themselves: with each more that is run until a
-verdict pleases, a false one gets likelier. So a look is written down before its first run, and every page tells their
-number.
+verdict pleases, a false one gets likelier. So every page tells their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from lora_lab.errors import DataError, InputError, Problem
-from lora_lab.record.atomic import read_json, write_json
-from lora_lab.record.environment import utc_now
+from lora_lab.errors import InputError, Problem
+from lora_lab.record.verdicts import Look
 
-_FILE = "looks.json"
 _FLAG = "--seeds"
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """seeds: empty where the study names none. begun_at: UTC."""
-
-    seeds: tuple[int, ...]
-    begun_at: str
-
-    def to_json(self) -> dict[str, object]:
-        """All fields."""
-        return {**asdict(self), "seeds": list(self.seeds)}
-
-
-def read_looks(folder: Path) -> tuple[Look, ...]:
-    """The looks that were begun, the first one first.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    path = folder / _FILE
-    if not path.is_file():
-        return ()
-    content = read_json(path)
-    try:
-        return tuple(Look(tuple(map(int, one["seeds"])), str(one["begun_at"])) for one in content["looks"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(Problem(str(path), f"damaged: {error!r}")) from None
 
 
 def seeds_of_look(
@@ -81,20 +48,6 @@ def seeds_of_look(
     if problems:
         raise InputError([Problem(_FLAG, text) for text in problems])
     return tuple(asked)
-
-
-def begin_look(folder: Path, seeds: Sequence[int]) -> tuple[Look, ...]:
-    """Writes a look down, unless it is one of those that were begun; returns all of them.
-
-    Raises:
-        DataError: the file is damaged. MachineError: the disk refuses.
-    """
-    looks = read_looks(folder)
-    if any(set(one.seeds) == set(seeds) for one in looks):
-        return looks
-    looks = (*looks, Look(tuple(seeds), utc_now()))
-    write_json(folder / _FILE, {"looks": [one.to_json() for one in looks]})
-    return looks
 
 
 def _fresh(looks: Sequence[Look]) -> str:

@@ -1,4 +1,4 @@
-"""What is known of a study's points before anything runs: `planned.json`, which formulas with `planned(NAME, ARM)` read.
+"""What is known of a study's points before anything runs: `planned.json`, read by formulas with `planned(NAME, ARM)`.
 
 By run id: parameters as they are counted, bytes of the step as they are predicted (`predicted_...`), every number under
 the name that formulas use. `missing` says why a number that was looked for is absent; `notes`, what it rests on.
@@ -25,6 +25,10 @@ class PlannedFacts:
     values: Mapping[str, int]
     missing: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def by_name(self) -> dict[str, int | str]:
+        """Each number by its name, or the reason why it has none."""
+        return {**self.missing, **self.values}
 
 
 def predicted_values(prediction: Prediction) -> dict[str, int]:

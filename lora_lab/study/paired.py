@@ -119,13 +119,13 @@ def _paired_heldout(a: RunRecord, b: RunRecord) -> tuple[list[Paired], dict[str,
         return [], {}
     if first is None or second is None:
         return [], {"heldout (paired)": f"no held-out rows in {'a' if first is None else 'b'}"}
-    why = _other_rows(a, b)
+    why = other_rows(a, b)
     if why is not None:
         return [], {"heldout (paired)": why}
     return pair_heldout(first, second)
 
 
-def _other_rows(a: RunRecord, b: RunRecord) -> str | None:
+def other_rows(a: RunRecord, b: RunRecord) -> str | None:
     """Why the rows of one index are not the same row in both runs, as far as the configuration tells."""
     if a.header is None or b.header is None:
         return "a trial file cannot be read"
