@@ -68,7 +68,7 @@ class ArmScores:
         """The arm's score over all seeds and examples."""
         scores = self.arms[name]
         total = scores.shape[0] * (scores.shape[1] if self.weights is None else float(self.weights.sum()))
-        return float(scores.sum()) / total
+        return float(scores.sum() / total)
 
     def error(self, name: str) -> float | None:
         """The standard error of that mean, over seeds and examples; None where it cannot be told."""
