@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_lab.record.atomic import write_text
 from lora_lab.record.environment import utc_now
+from lora_lab.report.claims_view import ClaimsView
 from lora_lab.report.cohort_words import alone_sentences
 from lora_lab.report.page_cohorts import cohorts_view
 from lora_lab.report.page_figures import families
@@ -25,13 +26,15 @@ from lora_lab.study.findings import Findings
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a page is about. `planned`: runs that were asked for, begun or not; None where nobody said."""
+    """What a page is about. `planned`: runs that were asked for, begun or not; None where nobody said. `claims`: of a
+    study that has some."""
 
     title: str
     question: str
     source: Source | None
     planned: int | None
     ledger: Path
+    claims: ClaimsView | None = None
 
 
 def write_page(path: Path, subject: Subject, findings: Findings) -> None:
