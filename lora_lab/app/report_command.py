@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_lab.app.ledger_commands import add_root, open_ledger
 from lora_lab.app.study_changed import refuse_changed
+from lora_lab.app.study_verdicts import claims_view
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.run_record import RunRecord
 from lora_lab.record.study_folder import StudyRecord, page_path, read_study
@@ -75,6 +76,7 @@ def _subject(asked: StudyRecord, ledger: Ledger) -> Subject:
         source=None if study is None else study.source,
         planned=len({*asked.run_ids, *(record.run_id for record in asked.records(ledger))}),
         ledger=ledger.root,
+        claims=claims_view(ledger.root, asked),
     )
 
 

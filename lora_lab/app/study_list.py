@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import sys
 from collections import Counter
@@ -15,7 +14,6 @@ from lora_lab.app.locations import sweep_folders
 from lora_lab.app.study_verdicts import judge_folder
 from lora_lab.errors import InputError, LabError
 from lora_lab.plan.shown_study import folder_name
-from lora_lab.plan.stages import SettingKey, judged_points, setting_key, timing_points, tuning_points
 from lora_lab.plan.study_file import read_study
 from lora_lab.record.kept_records import FOLDER
 from lora_lab.record.ledger import Ledger
@@ -26,8 +24,8 @@ from lora_lab.record.verdicts import read_verdicts
 from lora_lab.report.grid import Column, Grid, console_for, print_grid, print_line
 from lora_lab.report.text import seconds_text
 from lora_lab.schema.claims import Scale
-from lora_lab.schema.design import Design
 from lora_lab.schema.study import Study
+from lora_lab.study.study_cost import busy_seconds, count_runs
 
 NOT_RUN = "not run"
 
@@ -119,35 +117,10 @@ def _listed(study: Study, scale: Scale, root: Path, records: Path) -> ListedStud
     )
 
 
-def count_runs(design: Design) -> int:
-    """Distinct points of all stages, and the baseline; a setting that is written in two ways counts twice."""
-    stand_ins = {setting_key(one.values): one.rate or 0.0 for one in tuning_points(design)}
-    points = [*tuning_points(design), *judged_points(design, stand_ins), *timing_points(design, stand_ins)]
-    distinct: set[tuple[SettingKey, object, int]] = {
-        (setting_key({**one.trial, "tuned": one.values.get("learning_rate")}), one.trial.get("seed"), one.repeat)
-        for one in points
-    }
-    return len(distinct) + design.baseline
-
-
 def _results(root: Path, name: str) -> list[Result]:
     ledger = Ledger(root)
     wanted = {point.run_id for point in read_points(study_folder(root, name)) if point.stage != "planned"}
     return [record.result for record in ledger.runs() if record.run_id in wanted and record.result is not None]
-
-
-def busy_seconds(results: Iterable[Result]) -> float:
-    """The time in which at least one of the runs was going on."""
-    spans = sorted((_time(one.started_at), _time(one.finished_at)) for one in results)
-    total, until = 0.0, float("-inf")
-    for start, end in spans:
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
-
-
-def _time(text: str) -> float:
-    return datetime.datetime.fromisoformat(text).timestamp()
 
 
 def _print(listed: Sequence[ListedStudy]) -> None:

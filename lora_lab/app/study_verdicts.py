@@ -11,9 +11,10 @@ from lora_lab.record.ledger import Ledger
 from lora_lab.record.looks import seeds_of_look
 from lora_lab.record.planned_facts import read_planned
 from lora_lab.record.registration import Registration, check_unchanged, read_registration
-from lora_lab.record.study_folder import study_folder
+from lora_lab.record.study_folder import StudyRecord, study_folder
 from lora_lab.record.study_points import read_points
 from lora_lab.record.verdicts import Look, VerdictsFile, read_verdicts
+from lora_lab.report.claims_view import ClaimsView
 from lora_lab.schema.claims import Scale
 from lora_lab.schema.study import Study
 from lora_lab.study.judge import judge_study
@@ -60,6 +61,21 @@ def judge_folder(
         registered_at=None if registration is None else registration.registered_at,
     )
     return Judged(tuple(verdicts), chosen, looks, registration)
+
+
+def claims_view(root: Path, asked: StudyRecord) -> ClaimsView | None:
+    """The claims of a study that was begun, judged by the runs that are there now; None where it has none.
+
+    Raises as `judge_folder`.
+    """
+    if asked.study is None or not asked.study.claims:
+        return None
+    known = read_registration(asked.folder)
+    scale: Scale = "pocket" if known is None else known.scale
+    judged = judge_folder(root, asked.name, asked.study, scale)
+    wanted = {run_id for verdict in judged.verdicts for arm in verdict.arms for run_id in arm.run_ids}
+    records = {record.run_id: record for record in Ledger(root).runs() if record.run_id in wanted}
+    return ClaimsView(asked.study, scale, judged.seeds, judged.verdicts, judged.looks, judged.registration, records)
 
 
 def looks_of(folder: Path) -> tuple[Look, ...]:

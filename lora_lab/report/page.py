@@ -11,6 +11,7 @@ from lora_lab.record.atomic import write_text
 from lora_lab.record.environment import utc_now
 from lora_lab.report.claims_view import ClaimsView
 from lora_lab.report.cohort_words import alone_sentences
+from lora_lab.report.page_claims import CLAIMS_METHOD, claims_page, run_links
 from lora_lab.report.page_cohorts import cohorts_view
 from lora_lab.report.page_figures import families
 from lora_lab.report.page_layers import routing_view
@@ -57,7 +58,9 @@ def draw_page(subject: Subject, findings: Findings, *, folder: Path) -> str:
     study = None if subject.planned is None else subject.title
     alone = alone_sentences(table.not_alone, study=study, root=subject.ledger)
     drawn = families(findings, alone)
-    figures = {f"figures-{family.id}": family.figures for family in drawn}
+    claims = claims_page(subject.claims, run_links(subject.claims, folders, _link(subject.ledger / "runs", folder)))
+    of_claims = () if claims is None else claims.figures
+    figures = {f"figures-{family.id}": family.figures for family in (*drawn, *of_claims)}
     blocks = {
         "settings-data": settings_data(table, records, folders),
         **run_blocks(records, folders, [column.name for column in table.columns]),
@@ -69,6 +72,7 @@ def draw_page(subject: Subject, findings: Findings, *, folder: Path) -> str:
         "question": subject.question,
         "answer": answer_sentence(findings.answer),
         "source": _source(subject.source),
+        "claims": None if claims is None else claims.view,
         "facts": facts(findings, planned=subject.planned),
         "table": table_view(table, alone),
         "ranking": ranking_view(findings, alone),
@@ -79,7 +83,7 @@ def draw_page(subject: Subject, findings: Findings, *, folder: Path) -> str:
         "run_columns": run_columns(primary),
         "run_notes": run_notes(records),
         "cohorts": cohorts_view(findings),
-        "method": METHOD,
+        "method": METHOD if claims is None else (*CLAIMS_METHOD, *METHOD),
         "ledger": subject.ledger.name,
         "drawn_at": utc_now()[:16].replace("T", " ") + " UTC",
     }

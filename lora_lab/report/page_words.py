@@ -87,6 +87,8 @@ def _values(findings: Findings, section: str, key: str) -> list[str]:
 def sections(page: Mapping[str, Any]) -> list[dict[str, str]]:
     """What the page's own menu leads to."""
     entries = []
+    if page["claims"] is not None:
+        entries.append({"id": "claims", "title": "Claims"})
     if page["table"]["rows"]:
         entries.append({"id": "settings", "title": "Settings"})
     if page["ranking"]["rows"]:
