@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from lora_lab.errors import InputError, Problem
 from lora_lab.plan.stages import Pick, SettingKey, pick_rates, setting_key
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Metric, Status
-from lora_lab.schema.design import Design
+from lora_lab.schema.design import RATE, Design
 
 
 def picks_of(design: Design, stage: StagePlan, root: Path) -> tuple[Pick, ...]:
@@ -48,13 +48,16 @@ def _score(metrics: dict[str, Metric], name: str, run: str) -> Metric:
     return metrics[name]
 
 
-def told(picks: Iterable[Pick]) -> list[str]:
-    """A line per setting, for people: what was tried, what was picked, and whether the grid ended there."""
+def told(picks: Iterable[Pick], *, base: Container[str]) -> list[str]:
+    """A line per setting, for people: what was tried, what was picked, and whether the grid ended there.
+
+    base: keys that all settings share, and are not told.
+    """
     lines = []
     for pick in picks:
         tried = ", ".join(f"{rate:g}: {'-' if mean is None else f'{mean:.4g}'}" for rate, mean in pick.tried)
         found = "no rate yet" if pick.rate is None else f"{pick.rate:g}"
         edge = "" if pick.edge is None else f" (the {pick.edge} that was tried: extend the grid)"
-        named = ", ".join(f"{key}={value}" for key, value in pick.values.items() if key != "learning_rate")
-        lines.append(f"{named}: {found}{edge}; tried {tried}")
+        named = ", ".join(f"{key}={value}" for key, value in pick.values.items() if key != RATE and key not in base)
+        lines.append(f"{named or 'the one setting'}: {found}{edge}; tried {tried}")
     return lines

@@ -11,10 +11,11 @@ import dataclasses
 from lora_lab.app.memory_device import named_device
 from lora_lab.app.memory_predicted import Predictor
 from lora_lab.app.planning import Plan, cache_folder
-from lora_lab.app.study_call import StudyCall, plan_points, shown_study
+from lora_lab.app.study_call import StudyCall, plan_points
 from lora_lab.plan.job import Job
 from lora_lab.plan.prediction import DeviceKind
 from lora_lab.plan.row import PlanRow
+from lora_lab.plan.shown_study import shown_study
 from lora_lab.plan.stages import planned_points
 from lora_lab.record.planned_facts import PlannedFacts, predicted_values
 from lora_lab.record.study_points import StudyPoint

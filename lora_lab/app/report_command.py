@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_lab.app.ledger_commands import add_root, open_ledger
+from lora_lab.app.study_changed import refuse_changed
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.run_record import RunRecord
 from lora_lab.record.study_folder import StudyRecord, page_path, read_study
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments[1:])
     ledger = open_ledger(options.root)
     asked = None if options.study is None else read_study(ledger.root, options.study)
+    if asked is not None:
+        refuse_changed(asked)
     subject, findings = _view(ledger, asked)
     if options.json:
         json.dump(_as_json(subject, findings), sys.stdout, indent=2, allow_nan=False)

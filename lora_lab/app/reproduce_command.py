@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.app.locations import sweep_folders
-from lora_lab.app.study_call import StudyCall, check_overrides, folder_name, open_call
+from lora_lab.app.study_call import StudyCall, check_overrides, open_call
 from lora_lab.app.study_list import list_studies
 from lora_lab.app.study_plan import print_stages
 from lora_lab.app.study_stages import folder_of, plan_stages, run_stages
 from lora_lab.app.study_verdicts import Judged, judge_folder, looks_of
 from lora_lab.errors import InputError, Problem
+from lora_lab.plan.shown_study import folder_name
 from lora_lab.plan.study_file import find_study, read_study
 from lora_lab.record.kept_records import FOLDER, keep
 from lora_lab.record.ledger import Ledger

@@ -18,13 +18,14 @@ from lora_lab.app.compose import Composer, config_loader
 from lora_lab.app.locations import sweep_folders
 from lora_lab.app.planning import Plan, make_plan
 from lora_lab.app.request import Request
-from lora_lab.errors import InputError, Problem, nearest
+from lora_lab.errors import InputError, Problem
+from lora_lab.plan.shown_study import shown_study
 from lora_lab.plan.stages import StagePoint
 from lora_lab.plan.study_file import find_study, read_study_with_places, value_key
 from lora_lab.record.ledger import run_id_of
 from lora_lab.record.study_points import StudyPoint
 from lora_lab.schema.claims import Scale
-from lora_lab.schema.design import RATE, Design
+from lora_lab.schema.design import Design
 from lora_lab.schema.study import Study
 from lora_lab.schema.trial import LAB_KEYS, Lab, read_lab
 
@@ -99,20 +100,6 @@ def open_call(name: str, scale: Scale, overrides: Sequence[str]) -> StudyCall:
     return StudyCall(study, scale, shown_study(study, scale), tuple(overrides), lab, composer, places, file)
 
 
-def shown_study(study: Study, scale: Scale) -> Study:
-    """The study with the design of a scale at its top level; the published one has a name of its own."""
-    if scale == "pocket":
-        return study
-    design = study.design(scale)
-    fields = {field: getattr(design, field) for field in Design.model_fields}
-    return study.model_copy(update={**fields, "name": folder_name(study.name, scale)})
-
-
-def folder_name(name: str, scale: Scale) -> str:
-    """The study's folder under ROOT/studies."""
-    return name if scale == "pocket" else f"{name}.published"
-
-
 def check_overrides(texts: Sequence[str]) -> None:
     """Raises InputError for everything that is not an override of housekeeping; all at once."""
     checked = checks.check(texts)
@@ -124,8 +111,8 @@ def check_overrides(texts: Sequence[str]) -> None:
         if first in _OF_THE_STUDY:
             problems.append(Problem(key, "is given by the study: reproduce NAME, and timing.repeats in its file"))
         elif first not in LAB_KEYS:
-            rule = "would change what the study has fixed; only housekeeping may be given here"
-            problems.append(Problem(key, rule + nearest(key, sorted(LAB_KEYS - set(_OF_THE_STUDY)))))
+            allowed = ", ".join(sorted(LAB_KEYS - set(_OF_THE_STUDY)))
+            problems.append(Problem(key, f"would change what the study has fixed; only {allowed} may be given here"))
     if problems:
         raise InputError(problems)
 
@@ -161,8 +148,3 @@ def plan_points(
     rows = plan.rows[len(plan.rows) - len(points) :]
     run_ids = tuple(run_id_of(row.fingerprint, row.repeat) for row in rows)
     return StagePlan(tuple(points), run_ids, dataclasses.replace(plan, study=call.shown))
-
-
-def with_rate(point: StagePoint, rate: float) -> StagePoint:
-    """The point with a rate that stands in, to be planned before tuning has picked one."""
-    return dataclasses.replace(point, trial={**point.trial, RATE: rate}, rate=rate)

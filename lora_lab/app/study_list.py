@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from lora_lab.app.locations import sweep_folders
-from lora_lab.app.study_call import folder_name
-from lora_lab.errors import InputError
+from lora_lab.app.study_verdicts import judge_folder
+from lora_lab.errors import InputError, LabError
+from lora_lab.plan.shown_study import folder_name
 from lora_lab.plan.stages import SettingKey, judged_points, setting_key, timing_points, tuning_points
 from lora_lab.plan.study_file import read_study
 from lora_lab.record.kept_records import FOLDER
 from lora_lab.record.ledger import Ledger
-from lora_lab.record.registration import content_of, digest_of
 from lora_lab.record.result import Result
 from lora_lab.record.study_folder import study_folder
 from lora_lab.record.study_points import read_points
@@ -30,7 +30,6 @@ from lora_lab.schema.design import Design
 from lora_lab.schema.study import Study
 
 NOT_RUN = "not run"
-_CHANGED = "the study has changed since it was judged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +88,20 @@ def study_files(folders: Sequence[Path]) -> list[Path]:
 
 def _listed(study: Study, scale: Scale, root: Path, records: Path) -> ListedStudy:
     name = folder_name(study.name, scale)
-    said: Mapping[str, int] = {}
+    claims = len(study.claims_at(scale))
+    said: Mapping[str, int] = {NOT_RUN: claims} if claims else {}
     judged, problem = None, None
     place = root
     for place, told in ((root, "own ledger"), (records, "kept records")):
         known = read_verdicts(study_folder(place, name))
-        if known is not None:
-            newest = known.newest
-            said, judged = Counter(one["word"] for one in newest.verdicts) if newest is not None else {}, told
-            problem = None if known.registration == digest_of(content_of(study, scale)) else _CHANGED
-            break
+        if known is None or known.newest is None:  # nothing there, or begun and not judged yet
+            continue
+        judged = told
+        try:  # by the runs that are there now: a verdict whose run was deleted since does not stay
+            said = dict(Counter(one.word for one in judge_folder(place, name, study, scale).verdicts))
+        except LabError as error:
+            said, problem = {}, str(error.problems[0])
+        break
     results = _results(place, name) if judged is not None else []
     return ListedStudy(
         name=study.name,
@@ -106,11 +109,11 @@ def _listed(study: Study, scale: Scale, root: Path, records: Path) -> ListedStud
         question=study.question,
         source=None if study.source is None else study.source.title,
         url=None if study.source is None else study.source.url,
-        claims=len(study.claims_at(scale)),
+        claims=claims,
         runs=count_runs(study.design(scale)),
         recorded_runs=len(results),
         seconds=busy_seconds(results) if results else None,
-        verdicts=said or ({NOT_RUN: len(study.claims_at(scale))} if study.claims_at(scale) else {}),
+        verdicts=said,
         judged=judged,
         problem=problem,
     )
@@ -166,11 +169,7 @@ def _print(listed: Sequence[ListedStudy]) -> None:
 
 
 def _cells(one: ListedStudy) -> tuple[str, ...]:
-    verdicts = ", ".join(f"{count} {word}" for word, count in one.verdicts.items()) or "no claims"
+    verdicts = ", ".join(f"{count} {word}" for word, count in one.verdicts.items())
+    verdicts = verdicts or ("no claims" if one.problem is None else "not judged: see below")
     took = "" if one.seconds is None else seconds_text(one.seconds)
     return (one.name, one.scale, str(one.claims), str(one.runs), took, verdicts, one.judged or "", one.source or "")
-
-
-def as_rows(listed: Iterable[ListedStudy]) -> list[dict[str, Any]]:
-    """As `--json` prints them."""
-    return [asdict(one) for one in listed]

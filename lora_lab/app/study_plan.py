@@ -40,7 +40,7 @@ def print_stages(call: StudyCall, stages: Stages, seeds: Sequence[int], *, as_js
             done = sum(row.state == "done" for row in stage.plan.rows)
             print(f"{name}: {len(stage.plan.jobs)} runs, {done} done")
             print_plan(stage.plan.rows)
-    for line in told(stages.picks):
+    for line in told(stages.picks, base=call.design.base):
         print(f"picked: {line}")
     if stages.waiting:
         print(f"{len(stages.waiting)} judged runs wait for the rates that tuning picks")

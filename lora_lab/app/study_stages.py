@@ -144,7 +144,7 @@ def run_stages(call: StudyCall, *, seeds: Sequence[int] = ()) -> tuple[Stages, b
             is_whole = run_stage(stages.tuning, tracker, study=None, one_by_one=False)
             stages = plan_stages(call, seeds=seeds)
             write_stages(call, stages, planned)
-            for line in told(stages.picks):
+            for line in told(stages.picks, base=call.design.base):
                 print(f"picked: {line}", file=sys.stderr)
         if stages.judged is not None:
             _say("judged", stages.judged)

@@ -18,7 +18,7 @@ from lora_lab.errors import DataError, InputError, Problem
 from lora_lab.record.atomic import read_json, write_json
 from lora_lab.record.environment import utc_now
 from lora_lab.record.flat import dotted
-from lora_lab.schema.claims import Claim, Scale
+from lora_lab.schema.claims import Claim, Exact, Scale
 from lora_lab.schema.design import Design
 from lora_lab.schema.study import Study
 
@@ -40,9 +40,21 @@ class Registration:
 
 def content_of(study: Study, scale: Scale) -> dict[str, Any]:
     """What is fixed before running, as JSON values."""
-    design = study.design(scale).model_dump(mode="json", include=set(_DESIGN))
-    # Claims without runs are decided by the published set-up at either scale.
-    return {"design": design, "claims": {claim.id: _criterion(claim) for claim in study.claims}}
+    content = {"design": _design(study.design(scale)), "claims": {one.id: _criterion(one) for one in study.claims}}
+    if scale == "pocket" and study.published is not None and any(map(_asks_for_plans, study.claims)):
+        # What is counted before a run is counted of the published set-up, at either scale.
+        content["published"] = _design(study.published)
+    return content
+
+
+def _design(design: Design) -> dict[str, Any]:
+    return design.model_dump(mode="json", include=set(_DESIGN))
+
+
+def _asks_for_plans(claim: Claim) -> bool:
+    if not isinstance(claim, Exact) or "published" not in claim.scales:
+        return False
+    return any(term.function == "planned" for term in claim.formula.terms)
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
@@ -92,10 +104,11 @@ def check_unchanged(known: Registration, study: Study) -> None:
     if not changed:
         return
     rule = (
-        f"changed since the study was registered on {known.registered_at[:10]}; a changed criterion is another study: "
-        f"give the file another name, or put back what it said"
+        f"was registered on {known.registered_at[:10]}; a changed criterion makes another study: give the file another "
+        f"name, or put back what it said"
     )
-    raise InputError([Problem(f"{study.name}: {key}", f"{old} became {new}: {rule}") for key, old, new in changed])
+    told = [Problem(f"{study.name}: {key}", f"{old} became {new}") for key, old, new in changed]
+    raise InputError([*told, Problem(study.name, rule)])
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
