@@ -1,9 +1,9 @@
 """Scores of arms, example by example: one array (seeds, examples) per arm, all over the same examples in one order.
 
 Held-out rows are matched by their index, samples of lm-eval by doc_hash (equal ones by their order). Of `heldout/loss`
-the scores are nats of a row and the weights its loss tokens, so that sum over sum is the metric. A metric that has no
-number per example gives one value per run, shape (seeds, 1). What a run's file says of the whole must follow from its
-examples, else nothing is judged by it.
+the scores are nats of a row and the weights its loss tokens, of bits per byte the bits and bytes of a document, so that
+sum over sum is the metric. A metric that has no number per example gives one value per run, shape (seeds, 1). What a
+run's file says of the whole must follow from its examples, else nothing is judged by it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from lora_lab.study.arms import ArmRun, ArmRuns
 from lora_lab.study.crossed import contrast
 from lora_lab.study.estimate import Estimate
 from lora_lab.study.paired import other_rows
-from lora_lab.study.samples import read_heldout, read_samples, samples_files
+from lora_lab.study.samples import Sample, read_heldout, read_samples, samples_files
 
 Floats = npt.NDArray[np.float64]
 
 _LOSS, _MATCH = "heldout/loss", "heldout/exact_match"
 _HELDOUT = (_LOSS, _MATCH)
+_BITS = "bits_per_byte"
 # Sums over many examples in another order than the run took them.
 _TOLERANCE = 1e-6
 # Standard errors that an arm must be away from chance, and from the best score there is.
@@ -117,19 +118,28 @@ def _sample_scores(run: ArmRun, metric: str, known: Metric) -> RunScores | str:
             return RunScores({None: known.value}, None, known)
         return f"{run} has no samples file of {task}"
     samples = [sample for sample in read_samples(path) if sample.filter == (kind or "none")]
-    scored = [sample for sample in samples if measure in sample.scores]
-    if not scored:
+    keyed = _by_example(samples)
+    if measure == _BITS and all(measure in sample.sums for sample in samples):
+        sums = {key: sample.sums[measure] for key, sample in keyed.items()}
+        bits = {key: -nats / math.log(2) for key, (nats, _) in sums.items()}
+        return RunScores(bits, {key: size for key, (_, size) in sums.items()}, known)
+    scores = {key: sample.scores[measure] for key, sample in keyed.items() if measure in sample.scores}
+    if not scores:
         return RunScores({None: known.value}, None, known)
-    if len(scored) < len(samples):
-        return f"{run}: {len(samples) - len(scored)} of {len(samples)} samples of {task} have no {measure}"
+    if len(scores) < len(samples):
+        return f"{run}: {len(samples) - len(scores)} of {len(samples)} samples of {task} have no {measure}"
+    return RunScores(scores, None, known)
+
+
+def _by_example(samples: Sequence[Sample]) -> dict[Hashable, Sample]:
     by_hash = all(sample.doc_hash is not None for sample in samples)
     seen: Counter[Hashable] = Counter()
-    scores: dict[Hashable, float] = {}
+    keyed: dict[Hashable, Sample] = {}
     for sample in samples:
         identity = sample.doc_hash if by_hash else sample.doc_id
-        scores[identity, seen[identity]] = sample.scores[measure]
+        keyed[identity, seen[identity]] = sample
         seen[identity] += 1
-    return RunScores(scores, None, known)
+    return keyed
 
 
 def arm_scores(arms: Sequence[ArmRuns], metric: str) -> ArmScores | list[str]:
@@ -173,7 +183,8 @@ def _differs(first: ArmRun, reference: RunScores, run: ArmRun, scores: RunScores
         if why is not None:
             return f"a is {first}, b is {run}: {why}"
     if reference.weights is not None and scores.weights is not None and reference.weights != scores.weights:
-        return f"{first} and {run} have different loss tokens in equal rows (another tokenizer or template)"
+        sizes = "loss tokens" if metric == _LOSS else "sizes"
+        return f"{first} and {run} have different {sizes} in equal examples (another tokenizer or template)"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lora_lab.record.result import Status
 from lora_lab.schema.claims import FEWEST_SEEDS, BestOf, Equality, Form, Monotone, Superiority, arm_names
 from lora_lab.study.arm_scores import ArmScores, arm_scores, floor_or_ceiling
 from lora_lab.study.arms import ArmRuns, Evidence, arm_runs, completed, not_pairing
@@ -13,7 +14,7 @@ from lora_lab.study.decisions import Ruling, best_of, confidence_of, equality, m
 from lora_lab.study.draft import Draft
 from lora_lab.study.estimate import Estimate
 from lora_lab.study.needed import what_decides
-from lora_lab.study.tuned_rates import tuning_reasons
+from lora_lab.study.tuned_rates import EXTEND, tuning_reasons
 from lora_lab.study.verdict import ArmScore, Contrast
 
 ScoredClaim = Superiority | Equality | Monotone | BestOf
@@ -42,7 +43,7 @@ def judge_scored(evidence: Evidence, claim: ScoredClaim, form: Form, members: in
     reasons = [*_all_reasons(arms), *not_pairing(arms), *_few_seeds(evidence, claim, arms)]
     partly = begun.with_arms([_partly(arm, claim.metric) for arm in arms])
     if reasons:
-        return partly.undecided("inconclusive", reasons, "the runs that are missing or failed: " + evidence.command)
+        return partly.undecided("inconclusive", reasons, _remedy(evidence, arms))
     scores = arm_scores(arms, claim.metric)
     if isinstance(scores, list):
         return partly.undecided("inconclusive", scores, None)
@@ -65,7 +66,8 @@ def _held_back(
     rates = [reason for arm in arms for reason in tuning_reasons(evidence, arm)]
     shows_nothing = floor_or_ceiling(scores, claim.metric)
     if rates:
-        return draft.undecided("inconclusive", [*rates, *([shows_nothing] if shows_nothing else [])], "another tuning")
+        remedy = "rates beyond the edge, in another study" if any(EXTEND in one for one in rates) else evidence.command
+        return draft.undecided("inconclusive", [*rates, *([shows_nothing] if shows_nothing else [])], remedy)
     if shows_nothing:
         remedy = "a test on which some arm is clear of chance and of the best score there is"
         return draft.undecided("inconclusive", [shows_nothing], remedy)
@@ -77,6 +79,14 @@ def _held_back(
 
 def _all_reasons(arms: Sequence[ArmRuns]) -> list[str]:
     return [reason for arm in arms for reason in arm.reasons]
+
+
+def _remedy(evidence: Evidence, arms: Sequence[ArmRuns]) -> str:
+    """A run that diverged has its answer; others are run again."""
+    states = [run.record.state for arm in arms for run in arm.runs if run.record is not None]
+    if Status.DIVERGED in states:
+        return "a learning rate at which no run diverges, in another study"
+    return f"the runs that are missing or failed: {evidence.command}"
 
 
 def _few_seeds(evidence: Evidence, claim: ScoredClaim, arms: Sequence[ArmRuns]) -> list[str]:

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ _NO_FILTER = "none"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One scored example of a task. `scores` holds plain numbers only; `unpairable` says why a metric has none."""
+    """One scored example of a task. `scores` holds plain numbers only; `unpairable` says why a metric has none. `sums`:
+    of metrics that are a sum over a sum, the example's log-likelihood in nats and its size (words or bytes)."""
 
     doc_id: int | None
     doc_hash: str | None
     filter: str
     scores: dict[str, float]
     unpairable: dict[str, str]
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +84,24 @@ def _sample(line: dict[str, Any], where: str) -> Sample:
         raise DataError(Problem(where, "not a line of lm-eval's samples (no metrics, or neither doc_id nor doc_hash)"))
     scores: dict[str, float] = {}
     unpairable: dict[str, str] = {}
+    sums: dict[str, tuple[float, float]] = {}
     for name in map(str, names):
         value = line.get(name)
+        if isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)):
+            sums[name] = float(value[0]), float(value[1])
         if isinstance(value, (bool, int, float)) and math.isfinite(value):
             scores[name] = float(value)
         elif isinstance(value, float):
             unpairable[name] = f"{where}: the score is {value}"
         else:
             unpairable[name] = "lm-eval keeps no single number per example for it"
-    return Sample(line.get("doc_id"), line.get("doc_hash"), str(line.get("filter", _NO_FILTER)), scores, unpairable)
+    return Sample(
+        line.get("doc_id"), line.get("doc_hash"), str(line.get("filter", _NO_FILTER)), scores, unpairable, sums
+    )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def read_heldout(folder: Path) -> list[HeldoutRow] | None:

@@ -8,6 +8,9 @@ from lora_lab.record.study_points import StudyPoint
 from lora_lab.schema.design import Tuning
 from lora_lab.study.arms import ArmRun, ArmRuns, Evidence
 
+# What a rate at the edge of its grid asks for.
+EXTEND = "extend the grid"
+
 
 def tuning_reasons(evidence: Evidence, arm: ArmRuns) -> list[str]:
     """Why the picked rate of an arm decides nothing: a tuning run is gone, it picks another rate, or one at the edge.
@@ -67,5 +70,5 @@ def _outcome(
         return [f"{arm.name}: the tuning runs pick the rate {pick.rate}, judged was {arm.rate}"]
     if pick.edge is not None:
         word = "smallest" if pick.edge == "lowest" else "largest"
-        return [f"{arm.name}: picked rate {pick.rate} is the {word} tried; extend the grid"]
+        return [f"{arm.name}: picked rate {pick.rate} is the {word} tried; {EXTEND}"]
     return []

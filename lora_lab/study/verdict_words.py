@@ -54,11 +54,11 @@ def sentence_of(verdict: Verdict, claim: Claim, where: str, besides: Sequence[st
     """The sentence. where: as `place` gives it. besides: what must be said in it, at its end."""
     word = verdict.word[0].upper() + verdict.word[1:]
     head = word if isinstance(claim, (Exact, NotRunnable)) or not where else f"{word} on {where}"
-    parts = [text for text in (_finding(verdict, claim), _why(verdict)) if text]
+    parts = [text for text in (_finding(verdict, claim), _why(verdict, claim)) if text]
     return f"{head}: {'; '.join([*parts, *besides])}."
 
 
-def _why(verdict: Verdict) -> str | None:
+def _why(verdict: Verdict, claim: Claim) -> str | None:
     """Why it is not decided, and what else a reader must know at once."""
     if verdict.reasons:
         rest = len(verdict.reasons) - 1
@@ -66,7 +66,16 @@ def _why(verdict: Verdict) -> str | None:
         return verdict.reasons[0] + more
     if verdict.decision == "inconclusive" and verdict.interval_low is not None:
         return "the interval lies on both sides of what is needed"
+    if verdict.decision == "fails" and isinstance(claim, (Superiority, Monotone)) and not _is_reversed(verdict, claim):
+        return "the difference is smaller than the smallest of interest, not shown to be reversed"
     return None
+
+
+def _is_reversed(verdict: Verdict, claim: Superiority | Monotone) -> bool:
+    """Whether the whole interval is on the other side of zero than claimed."""
+    if verdict.interval_low is None or verdict.interval_high is None:
+        return False
+    return verdict.interval_high < 0 if claim.claimed == "higher" else verdict.interval_low > 0
 
 
 def _finding(verdict: Verdict, claim: Claim) -> str | None:

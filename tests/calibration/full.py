@@ -36,7 +36,7 @@ def out_of_bounds(count: Count) -> bool:
 def _table(
     counts: Iterable[Count], row: Callable[[Count], str], value: Callable[[Count], float | None], worst: bool
 ) -> list[str]:
-    """Rows by what `row` says, columns by seeds: the largest value (or all of them, by examples)."""
+    """Rows by what `row` says, columns by seeds: mean and largest value (or all of them, by examples)."""
     cells: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for count in counts:
         number = value(count)
@@ -47,9 +47,11 @@ def _table(
         shown = []
         for seeds in SEEDS:
             values = columns[seeds]
-            numbers = [f"{max(values):.1f}"] if worst and values else [f"{one:3.0f}" for one in values]
+            numbers = [f"{one:3.0f}" for one in values]
+            if worst and values:
+                numbers = [f"{sum(values) / len(values):.1f} / {max(values):.1f}"]
             shown.append(" ".join(numbers) or "-")
-        lines.append(f"{name:<64}" + "".join(f"{one:>16}" for one in shown))
+        lines.append(f"{name:<72}" + "".join(f"{one:>16}" for one in shown))
     return lines
 
 
@@ -59,7 +61,7 @@ def report(counts: list[Count]) -> str:
     sizes = ", ".join(map(str, SIZES))
 
     def by_rule(count: Count) -> str:
-        edge = " (on the edge: any verdict)" if count.right is None else ""
+        edge = " (edge: any verdict)" if count.right is None else ""
         return f"{count.outcome}: {count.rule}, truth {count.truth}{edge}"
 
     def by_noise(count: Count) -> str:
@@ -69,11 +71,11 @@ def report(counts: list[Count]) -> str:
     powerful = [one for one in counts if one.rule.startswith(informative) and one.outcome in ("normal", "binary")]
     several = [one for one in counts if one.outcome in ("four arms", "times")]
     lines = [
-        f"False verdicts, % of studies: the worst of all kinds of noise and of {sizes} examples",
-        f"{'':<64}{head}",
+        f"False verdicts, % of studies: mean / worst of all kinds of noise and of {sizes} examples",
+        f"{'':<72}{head}",
     ]
     lines += _table(counts, by_rule, lambda one: one.false, worst=True)
-    lines += ["", f"Right verdicts, % of studies: with {sizes} examples", f"{'':<64}{head}"]
+    lines += ["", f"Right verdicts, % of studies: with {sizes} examples", f"{'':<72}{head}"]
     lines += _table([*powerful, *several], by_noise, lambda one: one.power, worst=False)
     return "\n".join(lines)
 

@@ -76,7 +76,7 @@ def test_no_interval_decides_with_the_truth_on_the_edge_of_nothing() -> None:
 
 
 def test_monotone_is_the_rise_unless_a_step_goes_back() -> None:
-    up, flat, down = _estimate(6.0), _estimate(0.0), _estimate(-6.0)
+    up, flat, down = _estimate(7.0), _estimate(0.0), _estimate(-7.0)
     assert monotone(up, [up, flat], "higher", 1.0, 0.95).decision == "holds"
     assert monotone(up, [up, down], "higher", 1.0, 0.95).decision == "fails"
     assert monotone(down, [down, flat], "higher", 1.0, 0.95).decision == "fails"
@@ -85,11 +85,14 @@ def test_monotone_is_the_rise_unless_a_step_goes_back() -> None:
     assert monotone(down, [down, up], "lower", 1.0, 0.95).decision == "fails"
 
 
-def test_a_step_back_counts_with_bonferroni_and_beyond_the_smallest_difference() -> None:
-    # With two steps each is at 97.5 %: quantile 3.495.
+def test_a_step_back_keeps_a_rise_from_holding_and_beyond_chance_it_fails() -> None:
+    # With two steps each is at 99.5 %: quantile 5.598. A step may go back by the smallest difference, 1.
     up = _estimate(9.0)
-    assert monotone(up, [up, _estimate(-4.49)], "higher", 1.0, 0.95).decision == "holds"
-    assert monotone(up, [up, _estimate(-4.50)], "higher", 1.0, 0.95).decision == "fails"
+    assert monotone(up, [up, _estimate(-0.99)], "higher", 1.0, 0.95).decision == "holds"
+    assert monotone(up, [up, _estimate(-1.01)], "higher", 1.0, 0.95).decision == "inconclusive"
+    assert monotone(up, [up, _estimate(-6.59)], "higher", 1.0, 0.95).decision == "inconclusive"
+    assert monotone(up, [up, _estimate(-6.60)], "higher", 1.0, 0.95).decision == "fails"
+    assert stats.t.isf(0.0025, 4) == pytest.approx(5.598, abs=1e-3)
 
 
 def test_best_of_two_is_superiority_beyond_what_may_be_lost() -> None:

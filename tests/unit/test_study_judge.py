@@ -1,4 +1,4 @@
-"""Verdicts on crafted ledgers, held against plain numpy and scipy; and every reason not to decide."""
+"""Verdicts on crafted ledgers, held against plain numpy and scipy."""
 
 from __future__ import annotations
 
@@ -11,22 +11,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_lab.errors import InputError
-from lora_lab.record.result import Status
-from lora_lab.record.study_points import StudyPoint
 from lora_lab.study.verdict import verdict_from_json
-from tests.unit.judge_samples import LOWER, TWO_ARMS, World, losses, study_of, two_arms
+from tests.unit.judge_samples import LOWER, TWO_ARMS, World, losses, study_of, two_arms, write_lines
+from tests.unit.ledger_samples import loss
 
 ACC = {**LOWER, "id": "acc", "metric": "t/acc", "claimed": "higher", "smallest_difference": 0.02}
-
-
-def _runs(world: World, arm: str) -> list[str]:
-    wanted = world.study.arms[arm]["quantization"]
-    return [one.run_id for one in world.points if one.values["quantization"] == wanted and one.stage == "judged"]
-
-
-def _file(world: World, run_id: str, name: str) -> Path:
-    return world.root / "runs" / run_id / name
 
 
 def test_loss_per_token_is_what_plain_numpy_makes_of_the_rows(tmp_path: Path) -> None:
@@ -137,160 +126,6 @@ def test_an_inconclusive_interval_says_how_many_seeds_would_decide(tmp_path: Pat
     assert verdict.would_decide is not None and "seeds in place of 5" in verdict.would_decide
 
 
-def test_a_deleted_run_turns_a_verdict_inconclusive(tmp_path: Path) -> None:
-    world = two_arms(tmp_path)
-    assert world.verdict().decision == "holds"
-    gone = _runs(world, "b")[3]
-    shutil.rmtree(tmp_path / "runs" / gone)
-    verdict = world.verdict()
-    assert verdict.decision == verdict.word == "inconclusive"
-    assert verdict.estimate is None
-    assert f"run {gone} (b, seed 3) is not in the ledger: never run, or deleted" in verdict.reasons
-    assert gone in verdict.sentence
-
-
-def test_no_run_at_all_is_not_run(tmp_path: Path) -> None:
-    world = World(tmp_path, study_of(LOWER))
-    assert world.verdict().decision == "not run"  # nothing was asked for
-    for values in world.settings():
-        world.point(values)
-    verdict = world.verdict()
-    assert verdict.decision == verdict.word == "not run"
-    assert verdict.would_decide is not None and "lora-lab reproduce crafted" in verdict.would_decide
-
-
-def test_fewer_seeds_than_the_claim_declares(tmp_path: Path) -> None:
-    verdict = two_arms(tmp_path, {**LOWER, "seeds": 7}).verdict()
-    assert verdict.decision == "inconclusive"
-    assert "a has 5 of the 7 seeds needed" in verdict.reasons and "b has 5 of the 7 seeds needed" in verdict.reasons
-
-
-def test_two_seeds_decide_nothing(tmp_path: Path) -> None:
-    verdict = two_arms(tmp_path, seeds=[0, 1]).verdict()
-    assert verdict.decision == "inconclusive"
-    assert "a has 2 of the 3 seeds needed" in verdict.reasons
-
-
-@pytest.mark.parametrize(
-    ("status", "told"),
-    [(Status.DIVERGED, "diverged: loss is nan"), (Status.FAILED, "ended as FAILED"), (Status.OUT_OF_MEMORY, "memory")],
-)
-def test_a_run_without_an_answer(tmp_path: Path, status: Status, told: str) -> None:
-    world = World(tmp_path, study_of(LOWER))
-    for values in world.settings():
-        bad = values["quantization"] == "nf4" and values["seed"] == 2
-        fields: dict[str, Any] = {"status": status, "reason": "loss is nan"} if bad else {}
-        world.run(values, rows=losses(values["seed"], shift=0.3 if values["quantization"] == "nf4" else 0.0), **fields)
-    verdict = world.verdict()
-    assert verdict.decision == "inconclusive"
-    assert any("(b, seed 2)" in reason and told in reason for reason in verdict.reasons)
-
-
-def test_seeds_that_do_not_pair(tmp_path: Path) -> None:
-    grids = [
-        {"quantization": ["none"], "learning_rate": [2e-3], "seed": [0, 1, 2]},
-        {"quantization": ["nf4"], "learning_rate": [2e-3], "seed": [0, 1, 3]},
-    ]
-    verdict = two_arms(tmp_path, seeds=[], grids=grids).verdict()
-    assert verdict.decision == "inconclusive"
-    assert verdict.reasons == ("the seeds do not pair: a has 0, 1, 2, b has 0, 1, 3",)
-
-
-def test_a_point_whose_run_has_another_seed(tmp_path: Path) -> None:
-    world = two_arms(tmp_path)
-    place = next(i for i, one in enumerate(world.points) if one.values["quantization"] == "nf4")
-    other = world.points[place + 1].run_id
-    world.points[place] = StudyPoint("judged", world.points[place].values, other)
-    verdict = world.verdict()
-    assert f"run {other} (b, seed 0) was made with seed 1" in verdict.reasons
-
-
-def test_a_missing_point_of_a_seed(tmp_path: Path) -> None:
-    world = two_arms(tmp_path)
-    world.points = [one for one in world.points if (one.values["quantization"], one.values["seed"]) != ("nf4", 4)]
-    assert "b has no run with seed 4" in world.verdict().reasons
-
-
-def test_runs_scored_on_different_examples(tmp_path: Path) -> None:
-    world = two_arms(tmp_path)
-    odd = _runs(world, "b")[1]
-    lines = _file(world, odd, "eval/heldout.jsonl").read_text().splitlines()
-    changed = json.loads(lines[5]) | {"index": 99}
-    _file(world, odd, "eval/heldout.jsonl").write_text("\n".join([*lines[:5], json.dumps(changed), *lines[6:]]) + "\n")
-    verdict = world.verdict()
-    assert verdict.decision == "inconclusive"
-    assert len(verdict.reasons) == 1
-    assert f"run {odd} (b, seed 1) were scored on different examples of heldout/loss" in verdict.reasons[0]
-    assert "47 in common" in verdict.reasons[0]
-
-
-def test_held_out_rows_of_another_seed_of_the_data(tmp_path: Path) -> None:
-    world = two_arms(tmp_path)
-    odd = _runs(world, "a")[2]
-    header = json.loads(_file(world, odd, "trial.json").read_text())
-    header["trial"]["data"]["heldout_seed"] = 10
-    _file(world, odd, "trial.json").write_text(json.dumps(header))
-    reasons = world.verdict().reasons
-    assert len(reasons) == 1 and odd in reasons[0] and "data.heldout_seed" in reasons[0]
-
-
-def test_other_loss_tokens_of_equal_rows(tmp_path: Path) -> None:
-    world = World(tmp_path, study_of(LOWER))
-    for values in world.settings():
-        nats, tokens = losses(values["seed"], shift=0.0)
-        more = 1.0 if values["quantization"] == "nf4" and values["seed"] == 4 else 0.0
-        world.run(values, rows=(nats, tokens + more))
-    reasons = world.verdict().reasons
-    assert len(reasons) == 1 and "(b, seed 4) have different loss tokens" in reasons[0]
-
-
-def test_a_result_that_does_not_follow_from_its_examples(tmp_path: Path) -> None:
-    world = two_arms(tmp_path)
-    odd = _runs(world, "b")[0]
-    result = json.loads(_file(world, odd, "result.json").read_text())
-    result["metrics"]["heldout/loss"]["value"] -= 0.4
-    _file(world, odd, "result.json").write_text(json.dumps(result))
-    reasons = world.verdict().reasons
-    assert len(reasons) == 1 and "its examples give heldout/loss" in reasons[0] and odd in reasons[0]
-
-
-def test_rows_that_are_gone_and_a_metric_that_no_run_has(tmp_path: Path) -> None:
-    world = two_arms(tmp_path, LOWER, {**LOWER, "id": "other", "metric": "t/acc"})
-    odd = _runs(world, "a")[4]
-    _file(world, odd, "eval/heldout.jsonl").unlink()
-    loss, other = world.verdicts()
-    assert loss.reasons == (f"run {odd} (a, seed 4) has no held-out rows",)
-    assert len(other.reasons) == 10 and "has no t/acc: not scored" in other.reasons[0]
-
-
-def test_other_numerics(tmp_path: Path) -> None:
-    world = two_arms(tmp_path)
-    odd = _runs(world, "b")[2]
-    result = json.loads(_file(world, odd, "result.json").read_text())
-    result["numerics_version"] += 1
-    _file(world, odd, "result.json").write_text(json.dumps(result))
-    assert any("different numerics versions" in reason and odd in reason for reason in world.verdict().reasons)
-
-
-@pytest.mark.parametrize(("level", "word"), [(0.25, "floor"), (1.0, "ceiling")])
-def test_floor_and_ceiling(tmp_path: Path, level: float, word: str) -> None:
-    world = World(tmp_path, study_of(ACC))
-    for place, values in enumerate(world.settings()):
-        right = (np.random.default_rng(place).random(100) < level).astype(float)
-        world.run(values, samples={"t": right.tolist()})
-    verdict = world.verdict()
-    assert verdict.decision == "inconclusive"
-    assert any(reason.startswith(f"{word}: no arm's t/acc") for reason in verdict.reasons)
-    assert verdict.estimate is not None  # the number stays, the decision does not
-
-
-def test_exact_match_has_chance_zero(tmp_path: Path) -> None:
-    world = World(tmp_path, study_of(ACC))
-    for values in world.settings():
-        world.run(values, samples={"t": [1.0] + [0.0] * 99}, chance=None)
-    assert world.verdict().reasons == ("floor: no arm's t/acc is 3 standard errors above chance, 0 (a 0.01, b 0.01)",)
-
-
 def test_untrained_arms_have_no_seed_part(tmp_path: Path) -> None:
     grids = [{"method": ["base"], "quantization": ["none", "nf4"]}]
     world = World(tmp_path, study_of({**LOWER, "smallest_difference": 0.01}, grids=grids))
@@ -309,6 +144,60 @@ def test_untrained_arms_have_no_seed_part(tmp_path: Path) -> None:
     assert verdict.decision == "holds"
 
 
+def test_bits_per_byte_of_untrained_arms_are_compared_over_documents(tmp_path: Path) -> None:
+    grids = [{"method": ["base"], "quantization": ["none", "nf4"]}]
+    claim = {**LOWER, "metric": "p/bits_per_byte", "smallest_difference": 0.01}
+    world = World(tmp_path, study_of(claim, grids=grids, seeds=[]))
+    sizes = np.random.default_rng(0).integers(500, 900, size=30).astype(float)
+    nats = {"none": -0.7 * sizes, "nf4": -0.75 * sizes + 20 * np.random.default_rng(1).standard_normal(30)}
+    for values in world.settings():
+        mine = nats[values["quantization"]]
+        value = float(-mine.sum() / sizes.sum() / np.log(2))
+        metric = loss(value, unit="bits/byte")
+        record = world.run(values, metrics={"p/bits_per_byte": metric})
+        lines = [
+            {
+                "doc_id": n,
+                "doc_hash": f"h{n}",
+                "filter": "none",
+                "metrics": ["bits_per_byte"],
+                "bits_per_byte": [x, size],
+            }
+            for n, (x, size) in enumerate(zip(mine.tolist(), sizes.tolist(), strict=True))
+        ]
+        write_lines(record.eval_folder / "samples_p.jsonl", lines)
+    verdict = world.verdict()
+    bits = (nats["nf4"] - nats["none"]) / np.log(2)  # of none - nf4, whose log-likelihoods are negative
+    ratio = bits.sum() / sizes.sum()
+    error = np.sqrt(30 / 29 * ((bits - ratio * sizes) ** 2).sum()) / sizes.sum()
+    assert verdict.estimate is not None
+    assert verdict.estimate.difference == pytest.approx(ratio)
+    assert verdict.estimate.standard_error == pytest.approx(error)
+    assert (verdict.unit, verdict.decision, verdict.estimate.examples) == ("bits/byte", "holds", 30)
+
+
+def test_a_number_per_run_is_judged_over_seeds_only(tmp_path: Path) -> None:
+    claim = {**LOWER, "metric": "train/loss"}
+    world = World(tmp_path, study_of(claim))
+    values_of = {"none": [2.0, 2.1, 1.9, 2.05, 1.95], "nf4": [2.4, 2.6, 2.3, 2.4, 2.38]}
+    for values in world.settings():
+        value = values_of[values["quantization"]][values["seed"]]
+        world.run(values, metrics={"train/loss": loss(value, num_examples=None)})
+    verdict = world.verdict()
+    d = np.array(values_of["none"]) - np.array(values_of["nf4"])
+    assert verdict.estimate is not None
+    assert verdict.estimate.standard_error == pytest.approx(stats.sem(d) * np.sqrt(5 / 4))
+    assert (verdict.estimate.example_part, verdict.estimate.examples) == (None, 0)
+    assert "one number per run" in verdict.notes[0]
+
+
+def test_a_difference_below_the_smallest_of_interest_is_no_reversal(tmp_path: Path) -> None:
+    wide = two_arms(tmp_path, {**LOWER, "smallest_difference": 0.4}, shift=0.3).verdict()
+    assert wide.decision == "fails" and "not shown to be reversed" in wide.sentence
+    turned = two_arms(tmp_path / "x", shift=-0.3).verdict()
+    assert turned.decision == "fails" and "reversed" not in turned.sentence
+
+
 def test_a_trained_arm_against_the_untouched_base(tmp_path: Path) -> None:
     grids = [{"quantization": ["none"], "learning_rate": [2e-3]}, {"method": ["base"], "quantization": ["nf4"]}]
     verdict = two_arms(tmp_path, grids=grids).verdict()
@@ -321,7 +210,7 @@ def test_equality_monotone_and_best_of(tmp_path: Path) -> None:
     kinds = ["none", "nf4", "fp4", "int8"]
     arms = {name: {"quantization": kind} for name, kind in zip("abcd", kinds, strict=True)}
     common = {"statement": "s", "metric": "heldout/loss"}
-    claims = [
+    claims: list[dict[str, Any]] = [
         {**common, "id": "same", "rule": "equality", "arm": "a", "against": "b", "margin": 0.10},
         {**common, "id": "apart", "rule": "equality", "arm": "a", "against": ["c", "d"], "margin": 0.10},
         {**common, "id": "up", "rule": "monotone", "arms": ["b", "c", "d"], "claimed": "higher"},
@@ -406,19 +295,6 @@ def test_runs_from_before_the_criteria_are_counted(tmp_path: Path) -> None:
     verdict = world.verdict(registered_at="2026-01-01T00:01:00.001+00:00")
     assert "10 of 10 runs had ended before the criteria were fixed" in verdict.notes
     assert "10 of 10 runs had ended before the criteria were fixed" in verdict.sentence
-
-
-@pytest.mark.parametrize(
-    ("arms", "told"),
-    [
-        ({"a": {}, "b": {"quantization": "nf4"}}, "picks 2 settings (quantization=none; quantization=nf4)"),
-        ({"a": {"quantization": "int8"}, "b": {"quantization": "nf4"}}, "the nearest has quantization=none"),
-    ],
-)
-def test_an_arm_is_one_setting(tmp_path: Path, arms: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError) as caught:
-        World(tmp_path, study_of(LOWER, arms=arms)).verdict()
-    assert told in str(caught.value)
 
 
 def test_verdicts_survive_json(tmp_path: Path) -> None:

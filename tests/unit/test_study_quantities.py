@@ -29,7 +29,7 @@ SLOWER = {
 TIMING = {"arms": ["a", "b"], "repeats": 3, "base": {}, "seed": 0}
 
 
-def _when(minute: int) -> dict[str, str]:
+def _when(minute: int) -> dict[str, Any]:
     hour, rest = divmod(minute, 60)
     at = f"2026-01-01T{hour:02}:{rest:02}"
     return {"started_at": f"{at}:00.000+00:00", "finished_at": f"{at}:50.000+00:00"}
