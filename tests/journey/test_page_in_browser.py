@@ -53,7 +53,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "report.html"
 
 
-@pytest.mark.parametrize("width", [1400, 500])
+@pytest.mark.parametrize("width", mostly_slow([1400, 500], keep=[1400]))
 def test_every_figure_is_drawn_and_nothing_is_complained_of(page: Path, width: int) -> None:
     document, console = opened(page, width=width)
     assert console == ""
