@@ -35,7 +35,7 @@ grids:
 """
 _ELSEWHERE = "running in another process"
 _DEEP_IN_TRAINING = 5
-_PATIENCE_SECONDS = 120.0
+_PATIENCE_SECONDS = 300.0
 # Whoever has not ended after so long with nothing left to do is taken to be waiting.
 _WAITING_SECONDS = 8.0
 
