@@ -22,6 +22,7 @@ from lora_lab.record.study_points import StudyPoint
 from lora_lab.schema.claims import Exact, Scale
 from lora_lab.schema.study import Study
 from lora_lab.schema.trial import Lab
+from lora_lab.study.judge import claims_judged
 
 _PREDICTED = "predicted_"
 _COUNTED = ("trainable_parameters", "adapter_parameters", "router_parameters", "total_parameters", "steps")
@@ -30,7 +31,7 @@ _COUNTED = ("trainable_parameters", "adapter_parameters", "router_parameters", "
 def planned_arms(study: Study, scale: Scale) -> dict[Scale, dict[str, set[str]]]:
     """The quantities that formulas ask for: by the scale of the design that they belong to, and by arm."""
     asked: dict[Scale, dict[str, set[str]]] = {}
-    for claim in study.claims_at(scale):
+    for claim in claims_judged(study, scale):
         if isinstance(claim, Exact):
             has_published = study.published is not None and "published" in claim.scales
             arms = asked.setdefault("published" if has_published else "pocket", {})

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 
 from lora_lab.app import overrides as checks
 from lora_lab.app.changes import top
+from lora_lab.app.claim_checks import check_claims
 from lora_lab.app.compose import Composer, config_loader
 from lora_lab.app.locations import sweep_folders
 from lora_lab.app.planning import Plan, make_plan
@@ -87,11 +88,12 @@ def open_call(name: str, scale: Scale, overrides: Sequence[str]) -> StudyCall:
     """Reads the study and the housekeeping.
 
     Raises:
-        InputError: no such study, a study without that scale, an override that is none of housekeeping.
+        InputError: no such study, or none at that scale; an arm that is no one setting; an override that is none of
+            housekeeping.
     """
     file = find_study(name, sweep_folders())
     study, places = read_study_with_places(file)
-    study.design(scale)
+    check_claims(study, scale)
     check_overrides(overrides)
     loader = config_loader()
     composer = Composer(loader, loader.load_configuration("config", [], RunMode.RUN))

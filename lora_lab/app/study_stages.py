@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_lab.app.claim_checks import metrics_of
 from lora_lab.app.picked_rates import picks_of, told
 from lora_lab.app.planned_stage import planned_stage
 from lora_lab.app.planning import cache_folder
@@ -70,12 +71,13 @@ def plan_stages(call: StudyCall, *, seeds: Sequence[int] = ()) -> Stages:
     rates = {setting_key(pick.values): pick.rate for pick in picks if pick.rate is not None}
     every = judged_points(design, {**_stand_ins(call), **rates}, seeds=seeds)
     waiting = tuple(one for one in every if is_tuned(one.values) and setting_key(one.values) not in rates)
+    metrics = metrics_of(call.study, call.scale)
     if waiting:  # what is wrong with them is told before tuning has run for an hour
-        plan_points(call, every, metrics=design.metrics, baseline=design.baseline)
+        plan_points(call, every, metrics=metrics, baseline=design.baseline)
     known = [one for one in every if one not in waiting]
     judged = None
     if known:
-        judged = plan_points(call, known, metrics=() if waiting else design.metrics, baseline=design.baseline)
+        judged = plan_points(call, known, metrics=() if waiting else metrics, baseline=design.baseline)
     return Stages(tuning, picks, judged, waiting, _timing(call, rates, judged))
 
 

@@ -380,6 +380,17 @@ def test_what_is_refused(new: Study, arguments: tuple[str, ...], told: str) -> N
     assert not (new.folder / "lab").exists()
 
 
+def test_what_is_wrong_with_claims_is_said_before_anything_runs(new: Study) -> None:
+    new.edit("large: {rank: 8}", "large: {target: qv}")
+    new.edit("metric: heldout/loss\n    arm: large", "metric: heldot/loss\n    arm: large")
+    answer = new.reproduce()
+    assert answer.code == 2 and "target=qv picks 2 settings" in answer.err and "(claim bigger)" in answer.err
+    new.edit("large: {target: qv}", "large: {rank: 8}")
+    answer = new.reproduce()
+    assert answer.code == 2 and 'no trial of the study is scored on "heldot/loss"; did you mean "heldout"' in answer.err
+    assert not new.lab.root.exists()
+
+
 def test_a_study_with_tuned_points_is_not_a_plain_sweep(new: Study) -> None:
     for command in ("run", "plan"):
         answer = call(command, "-m", "study=ranks", *housekeeping(new.folder, new.cache))
