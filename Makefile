@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.ready
 KILLS ?= 20
 
-.PHONY: sweep methods methods-debug test setup lint unit help bench bench-eval bench-train bench-sweep bench-memory wheel-test test-kills clean
+.PHONY: sweep methods methods-debug test setup lint unit help bench bench-eval bench-train bench-sweep bench-memory calibrate wheel-test test-kills clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ bench-memory: $(SETUP) ## predicted memory against published peaks and against s
 	$(BIN)/python -m tests.benchmarks.memory_published
 	$(BIN)/python -m tests.benchmarks.memory_measured
 	$(BIN)/python -m tests.benchmarks.memory_lisa
+
+calibrate: $(SETUP) ## false verdicts and power of every rule in simulated studies: some minutes on one core
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.calibration.full
 
 wheel-test: $(SETUP) ## build the wheel and use it outside the checkout
 	$(BIN)/python -m pytest -m slow tests/journey/test_wheel.py

@@ -206,6 +206,6 @@ def everything(rng: np.random.Generator, seeds: tuple[int, ...], sizes: dict[int
                 yield from binary(rng, world, number, examples, studies)
         fewest, studies = next(iter(sizes.items()))
         for noise in NOISES[:3]:
-            yield from best(rng, noise, number, fewest, studies // 4)
-            yield from ordered(rng, noise, number, fewest, studies // 4)
+            yield from best(rng, noise, number, fewest, studies // 6)
+            yield from ordered(rng, noise, number, fewest, studies // 6)
         yield from ratios(rng, number, studies)

@@ -26,12 +26,13 @@ class Noise:
     rest: float
 
 
-# With 5 seeds and 500 examples, the seed part is 98 %, 5 % and 46 % of the variance; in the last, there is none.
+# Of the variance with 5 seeds and 500 examples, seeds are 90, 1, 32, 0 and 43 %, and the rest in the last is 54 %.
 NOISES = (
     Noise("seeds dominate", 0.10, 0.30, 0.30),
     Noise("examples dominate", 0.01, 1.00, 0.50),
     Noise("both", 0.07, 1.00, 0.50),
     Noise("no seed noise", 0.00, 1.00, 0.50),
+    Noise("rest dominates", 0.04, 0.10, 1.00),
 )
 
 
