@@ -269,12 +269,6 @@ def test_conjunctions(tmp_path: Path) -> None:
     assert {one.decision for one in world.verdicts()} == {"not run"}
 
 
-def test_a_claim_that_cannot_be_run_says_why(tmp_path: Path) -> None:
-    claim = {"id": "n", "statement": "s", "rule": "not_runnable", "reason": "needs a judge model"}
-    verdict = World(tmp_path, study_of(claim)).verdict()
-    assert (verdict.decision, verdict.sentence) == ("not runnable", "Not runnable: needs a judge model.")
-
-
 def test_a_later_look_is_judged_on_its_seeds_alone(tmp_path: Path) -> None:
     world = two_arms(tmp_path, shift=0.3)
     fresh = [{**values, "seed": values["seed"] + 5} for values in world.settings()]

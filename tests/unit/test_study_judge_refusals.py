@@ -192,3 +192,9 @@ def test_an_arm_is_one_setting(tmp_path: Path, arms: dict[str, Any], told: str) 
     with pytest.raises(InputError) as caught:
         World(tmp_path, study_of(LOWER, arms=arms)).verdict()
     assert told in str(caught.value)
+
+
+def test_a_claim_that_cannot_be_run_says_why(tmp_path: Path) -> None:
+    claim = {"id": "n", "statement": "s", "rule": "not_runnable", "reason": "needs a judge model"}
+    verdict = World(tmp_path, study_of(claim)).verdict()
+    assert (verdict.decision, verdict.sentence) == ("not runnable", "Not runnable: needs a judge model.")
