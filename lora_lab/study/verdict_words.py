@@ -19,7 +19,7 @@ from lora_lab.schema.claims import (
 )
 from lora_lab.schema.design import Design
 from lora_lab.study.estimate import Estimate
-from lora_lab.study.verdict import Verdict
+from lora_lab.study.verdict import Contrast, Verdict, lies_inside
 
 
 def number(value: float) -> str:
@@ -64,11 +64,25 @@ def _why(verdict: Verdict, claim: Claim) -> str | None:
         rest = len(verdict.reasons) - 1
         more = f" (and {rest} more {'reason' if rest == 1 else 'reasons'})" if rest else ""
         return verdict.reasons[0] + more
+    if isinstance(claim, Monotone) and verdict.decision in ("fails", "inconclusive") and _is_inside(verdict):
+        step = step_back(verdict.contrasts, claim)
+        ends = f"{percent(step.confidence)} interval {number(step.interval_low)} to {number(step.interval_high)}"
+        return f"but a step goes back: {step.name} is {number(step.estimate.difference)} ({ends})"
     if verdict.decision == "inconclusive" and verdict.interval_low is not None:
         return "the interval lies on both sides of what is needed"
     if verdict.decision == "fails" and isinstance(claim, (Superiority, Monotone)) and not _is_reversed(verdict, claim):
         return "the difference is smaller than the smallest of interest, not shown to be reversed"
     return None
+
+
+def _is_inside(verdict: Verdict) -> bool:
+    return lies_inside((verdict.interval_low, verdict.interval_high), verdict.low, verdict.high)
+
+
+def step_back(contrasts: Sequence[Contrast], claim: Monotone) -> Contrast:
+    """Of the steps, which come after the rise on the whole, the one that goes farthest against the claim."""
+    sign = 1 if claim.claimed == "higher" else -1
+    return min(contrasts[1:], key=lambda one: sign * one.estimate.difference)
 
 
 def _is_reversed(verdict: Verdict, claim: Superiority | Monotone) -> bool:

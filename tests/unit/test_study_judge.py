@@ -234,6 +234,7 @@ def test_equality_monotone_and_best_of(tmp_path: Path) -> None:
         "best": "holds",
         "worst": "fails",
     }
+    assert "but a step goes back: c - d is -0.4" in found["zigzag"].sentence
     assert found["same"].confidence == pytest.approx(0.90)
     assert found["up"].estimate is not None and found["up"].estimate.difference == pytest.approx(0.8, abs=0.05)
     assert found["apart"].estimate is not None and found["apart"].estimate.difference == pytest.approx(-0.6, abs=0.05)
