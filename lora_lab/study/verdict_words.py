@@ -170,10 +170,17 @@ def _formula(verdict: Verdict, claim: Exact) -> str | None:
     if verdict.value is None:
         return None
     numbers = [f"{one.id} = {_plain(one.value)}{f' {one.unit}' if one.unit else ''}" for one in claim.published]
-    terms = [f"{arm.name} = {_plain(arm.value)}" for arm in verdict.arms if arm.value is not None]
-    told = "; ".join([f"needed {needed(verdict)}", *numbers, *terms])
-    return f"{claim.value} = {number(verdict.value)} ({told})"
+    terms = [f"{arm.name} = {_sized(arm.name, arm.value)}" for arm in verdict.arms if arm.value is not None]
+    told = ", ".join([*numbers, *terms])
+    return f"{number(verdict.value)} where {needed(verdict)} is needed; it is {claim.value}" + (
+        f" with {told}" if told else ""
+    )
 
 
 def _plain(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else str(value)
+
+
+def _sized(name: str, value: float) -> str:
+    """Bytes as GB of 1e9 bytes, since nobody reads ten digits; the files have them all."""
+    return f"{number(value / 1e9)} GB" if "_bytes" in name and value >= 1e9 else _plain(value)
