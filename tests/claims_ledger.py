@@ -132,12 +132,14 @@ def claims_study(**changes: Any) -> Study:
     return study_from({**CONTENT, **changes}, name="crafted")
 
 
-def fill_claims(root: Path, study: Study | None = None, *, all_gain: float = 0.25) -> Study:
+def fill_claims(
+    root: Path, study: Study | None = None, *, all_gain: float = 0.25, registered_at: str = REGISTERED
+) -> Study:
     """Every run of every stage. all_gain: how much lower the loss of all layers is, in nats."""
     chosen = study or claims_study()
     points: list[StudyPoint] = []
     folder = study_folder(root, chosen.name)
-    registration = replace(register(folder, chosen, "pocket"), registered_at=REGISTERED)
+    registration = replace(register(folder, chosen, "pocket"), registered_at=registered_at)
     write_json(folder / "registration.json", registration_json(registration))
     begin_look(folder, registration.digest, "pocket", chosen.seeds)
     settings = list({_key(values): values for values in expand(chosen)}.values())
@@ -147,8 +149,8 @@ def fill_claims(root: Path, study: Study | None = None, *, all_gain: float = 0.2
                 _run(root, {**values, "seed": 100}, "tuning", rate=rate, gain=all_gain, away=away, heldout=12)
             )
     for values in expand(chosen):
-        rate = 4e-3 if values["learning_rate"] == "tuned" else None
-        points.append(_run(root, values, "judged", rate=rate, gain=all_gain))
+        picked = 4e-3 if values["learning_rate"] == "tuned" else None
+        points.append(_run(root, values, "judged", rate=picked, gain=all_gain))
     planned = [StudyPoint("planned", values, f"{number:016x}") for number, values in enumerate(settings)]
     for repeat in range(3):
         for place, target in enumerate(("qv", "all_linear")):

@@ -8,7 +8,7 @@ from typing import Any
 from lora_lab.report.claims_view import form_text
 from lora_lab.report.figures import Figure, escaped, missing_figure
 from lora_lab.report.page_settings import BASE_COLOUR, PALETTE
-from lora_lab.report.text import clean
+from lora_lab.report.text import clean, count_text
 from lora_lab.schema.claims import Claim, Published
 from lora_lab.study.verdict import Contrast, Verdict
 from lora_lab.study.verdict_words import number, percent
@@ -210,7 +210,9 @@ def number_bars(claim: Claim, verdict: Verdict) -> Figure | None:
                 "orientation": "h",
                 "y": names,
                 "x": [value for _, value, _ in bars],
-                "text": [number(value) for _, value, _ in bars],
+                "text": [
+                    count_text(int(value)) if float(value).is_integer() else number(value) for _, value, _ in bars
+                ],
                 "textposition": "auto",
                 "marker": {"color": [BASE_COLOUR if is_published else PALETTE[0] for _, _, is_published in bars]},
                 "width": 0.6,
@@ -224,6 +226,10 @@ def number_bars(claim: Claim, verdict: Verdict) -> Figure | None:
             "showlegend": False,
         },
     }
+
+
+def _bar_text(value: float) -> str:
+    return count_text(int(value)) if float(value).is_integer() else number(value)
 
 
 def _published_name(one: Published) -> str:

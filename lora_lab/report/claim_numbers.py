@@ -30,16 +30,11 @@ def arm_rows(
             "error": "-" if arm.standard_error is None else number(arm.standard_error),
             "seeds": str(arm.seeds) if arm.seeds else "-",
             "rate": "" if arm.rate is None else f"{arm.rate:g}",
-            "runs": [_run(run_id, records, links) for run_id in arm.run_ids],
+            "runs": [_run(run_id, records, links) for run_id in _ids(arm, records)],
         }
         for verdict in verdicts
         for arm in verdict.arms
     ]
-
-
-def value_of_arm(arm: ArmScore, verdict: Verdict) -> str:
-    """An arm's value with its unit; `-` where there is none."""
-    return "-" if arm.value is None else _value(arm.name, arm.value, verdict)
 
 
 def _value(name: str, value: float, verdict: Verdict) -> str:
@@ -54,6 +49,11 @@ def _value(name: str, value: float, verdict: Verdict) -> str:
     if measure.endswith("_seconds"):
         return seconds_text(value)
     return count_text(int(value)) if float(value).is_integer() else number(value)
+
+
+def _ids(arm: ArmScore, records: Mapping[str, RunRecord]) -> list[str]:
+    """Its runs; what was only counted before any run has none that could be missing."""
+    return [run_id for run_id in arm.run_ids if run_id in records or not arm.name.startswith("planned(")]
 
 
 def _run(run_id: str, records: Mapping[str, RunRecord], links: Mapping[str, str]) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def target_lattice(rows: Sequence[LatticeRow], *, score: str, whisker: str) -> F
     """Left which parts each row adapts, right its score. score: the axis's title; whisker: what it shows."""
     if len({row.parts for row in rows}) < 2:
         return missing_figure("all settings adapt the same parts")
+    if all(row.value is None for row in rows):
+        return missing_figure("no setting has a score")
     used = [part for part in PARTS if any(part in row.parts for row in rows)]
     names = [_short(row.name) for row in rows]
     scored = [(name, row) for name, row in zip(names, rows, strict=True) if row.value is not None]
@@ -110,9 +112,14 @@ def _dots(rows: Sequence[LatticeRow], names: Sequence[str], used: Sequence[str],
 
 
 def swept_keys(arms: Mapping[str, Values]) -> list[str]:
-    """The keys in which arms differ, in the order in which the study's file has them."""
-    keys = dict.fromkeys(key for values in arms.values() for key in values)
-    return [key for key in keys if len({value_text(values.get(key)) for values in arms.values()}) > 1]
+    """The keys in which arms differ: numbers last, and of these what has most values."""
+
+    def order(key: str) -> tuple[bool, int, str]:
+        values = [one.get(key) for one in arms.values()]
+        return (_are_numbers(values), len(set(map(value_text, values))), key)
+
+    keys = {key for values in arms.values() for key in values}
+    return sorted((key for key in keys if order(key)[1] > 1), key=order)
 
 
 def arm_map(
@@ -122,6 +129,8 @@ def arm_map(
     keys = swept_keys(arms)
     if len(keys) != 2:
         return missing_figure(f"the arms differ in {len(keys)} axes, not in two")
+    if all(score is None for score in scores.values()):
+        return missing_figure("no arm has a score")
     down, across = keys
     xs, ys = (_ordered([values.get(key) for values in arms.values()]) for key in (across, down))
     cells = {(value_text(values.get(across)), value_text(values.get(down))): name for name, values in arms.items()}
@@ -154,9 +163,13 @@ def arm_map(
 
 def _ordered(values: Sequence[object]) -> list[str]:
     """Numbers ascending, all else in order of appearance."""
-    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+    if _are_numbers(values):
         return list(dict.fromkeys(value_text(value) for value in sorted(values)))  # type: ignore[type-var]
     return list(dict.fromkeys(map(value_text, values)))
+
+
+def _are_numbers(values: Sequence[object]) -> bool:
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
 def _cell_text(name: str | None, scores: Mapping[str, float | None]) -> str:
