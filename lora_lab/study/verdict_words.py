@@ -55,7 +55,7 @@ def sentence_of(verdict: Verdict, claim: Claim, where: str, besides: Sequence[st
     word = verdict.word[0].upper() + verdict.word[1:]
     head = word if isinstance(claim, (Exact, NotRunnable)) or not where else f"{word} on {where}"
     parts = [text for text in (_finding(verdict, claim), _why(verdict, claim)) if text]
-    return f"{head}: {'; '.join([*parts, *besides])}."
+    return f"{head}: {'; '.join([*parts, *besides]).removesuffix('.')}."
 
 
 def _why(verdict: Verdict, claim: Claim) -> str | None:
