@@ -25,7 +25,9 @@ from lora_lab.record.registration import check_unchanged, read_registration
 from lora_lab.record.study_folder import page_path, study_folder
 from lora_lab.record.study_points import read_points
 from lora_lab.record.verdicts import put_verdicts
+from lora_lab.report.terminal_verdicts import print_verdicts
 from lora_lab.schema.claims import Scale
+from lora_lab.schema.study import Study
 
 _EXCLUSIVE = ("list", "dry_run", "recorded", "keep")
 
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = folder_of(call)
     put_verdicts(folder, judged.seeds, [one.to_json() for one in judged.verdicts])
     page = _draw(call)
-    _print(call.study.name, call.scale, judged, as_json=options.json, page=page)
+    _print(call.study, call.scale, judged, as_json=options.json, page=page)
     return 0 if is_whole else 3
 
 
@@ -117,7 +119,7 @@ def _recorded(name: str, scale: Scale, seeds: Sequence[int] | None, *, as_json: 
     if read_registration(study_folder(records, folder)) is None:
         text = f"no records of {folder} are kept in {records}; lora-lab reproduce {name} runs it"
         raise InputError(Problem("--recorded", text))
-    _print(name, scale, judge_folder(records, folder, study, scale, seeds=seeds), as_json=as_json, page=None)
+    _print(study, scale, judge_folder(records, folder, study, scale, seeds=seeds), as_json=as_json, page=None)
     return 0
 
 
@@ -153,11 +155,11 @@ def _draw(call: StudyCall) -> Path:
     return page_path(folder_of(call))
 
 
-def _print(name: str, scale: Scale, judged: Judged, *, as_json: bool, page: Path | None) -> None:
+def _print(study: Study, scale: Scale, judged: Judged, *, as_json: bool, page: Path | None) -> None:
     if as_json:
         registration = judged.registration
         told: dict[str, Any] = {
-            "study": name,
+            "study": study.name,
             "scale": scale,
             "registration": None if registration is None else registration.digest,
             "registered_at": None if registration is None else registration.registered_at,
@@ -169,11 +171,8 @@ def _print(name: str, scale: Scale, judged: Judged, *, as_json: bool, page: Path
         json.dump(told, sys.stdout, indent=2, allow_nan=False)
         print()
         return
-    for one in judged.verdicts:
-        form = "" if one.form is None else f" ({one.form.replace('_', ' ')})"
-        print(f"{one.claim}{form}: {one.word}: {one.sentence}")
+    print_verdicts(study, scale, judged.verdicts, looks=len(judged.looks))
     if len(judged.looks) > 1:
-        shown = ", ".join(map(str, judged.seeds))
-        print(f"{len(judged.looks)} looks were taken at this study; these verdicts are of the seeds {shown}")
+        print(f"these verdicts are of the seeds {', '.join(map(str, judged.seeds))}")
     if page is not None:
         print(f"page: {page}", file=sys.stderr)
