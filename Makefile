@@ -4,7 +4,8 @@ BIN := .venv/bin
 SETUP := .venv/.ready
 KILLS ?= 20
 
-.PHONY: sweep methods methods-debug test setup lint unit help bench bench-eval bench-train bench-sweep bench-memory calibrate wheel-test test-kills clean
+.PHONY: sweep methods methods-debug test setup lint unit help bench bench-eval bench-train bench-sweep bench-memory calibrate wheel-test test-kills \
+	test-long clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -39,6 +40,9 @@ lint: $(SETUP)
 # Two files at a time, one thread each: most models here are too small for a second core.
 unit: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-long: $(SETUP) lint ## every test, also the slow ones: about an hour and a half on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 bench: $(SETUP) ## planning, the page, and training speed against a plain PEFT loop, side by side
 	$(BIN)/python -m tests.benchmarks.plan_speed

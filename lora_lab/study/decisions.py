@@ -86,12 +86,17 @@ def monotone(rise: Estimate, steps: Sequence[Estimate], claimed: Claimed, smalle
     ruling = superiority(rise, claimed, smallest, confidence)
     backward: Claimed = "lower" if claimed == "higher" else "higher"
     sign = 1 if claimed == "higher" else -1
-    each = 1 - (1 - confidence) * _STEPS_SHARE / max(len(steps), 1)
+    each = step_confidence(confidence, len(steps))
     if any(superiority(step, backward, smallest, each).decision == "holds" for step in steps):
         return replace(ruling, decision="fails")
     if ruling.decision == "holds" and any(sign * step.difference < -smallest for step in steps):
         return replace(ruling, decision="inconclusive")
     return ruling
+
+
+def step_confidence(confidence: float, steps: int) -> float:
+    """The confidence of the interval of each of the steps of a monotone claim."""
+    return 1 - (1 - confidence) * _STEPS_SHARE / max(steps, 1)
 
 
 def best_of(estimates: Sequence[Estimate], claimed: Claimed, smallest: float, confidence: float) -> Ruling:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_lab.study.decisions import Ruling
 from lora_lab.study.estimate import Estimate
-from lora_lab.study.verdict import ArmScore, Contrast, Decision
+from lora_lab.study.verdict import ArmScore, Contrast, Decision, lies_inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,11 @@ class Draft:
     notes: tuple[str, ...] = ()
     would_decide: str | None = None
     run_ids: tuple[str, ...] = ()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether its interval lies where the claim needs it."""
+        return lies_inside((self.interval_low, self.interval_high), self.low, self.high)
 
     def changed(self, **values: Any) -> Draft:
         """With other values of some fields."""

@@ -10,12 +10,13 @@ from lora_lab.schema.claims import FEWEST_SEEDS, BestOf, Equality, Form, Monoton
 from lora_lab.study.arm_scores import ArmScores, arm_scores, floor_or_ceiling
 from lora_lab.study.arms import ArmRuns, Evidence, arm_runs, completed, not_pairing
 from lora_lab.study.crossed import mean_against_mean, trend
-from lora_lab.study.decisions import Ruling, best_of, confidence_of, equality, monotone, superiority
+from lora_lab.study.decisions import Ruling, best_of, confidence_of, equality, monotone, step_confidence, superiority
 from lora_lab.study.draft import Draft
 from lora_lab.study.estimate import Estimate
 from lora_lab.study.needed import what_decides
 from lora_lab.study.tuned_rates import EXTEND, tuning_reasons
 from lora_lab.study.verdict import ArmScore, Contrast
+from lora_lab.study.verdict_words import step_back
 
 ScoredClaim = Superiority | Equality | Monotone | BestOf
 
@@ -72,6 +73,11 @@ def _held_back(
         remedy = "a test on which some arm is clear of chance and of the best score there is"
         return draft.undecided("inconclusive", [shows_nothing], remedy)
     edges = [edge for edge in (draft.low, draft.high) if edge is not None]
+    if isinstance(claim, Monotone) and draft.decision == "inconclusive" and draft.is_inside:
+        step = step_back(draft.contrasts, claim)
+        edge = claim.smallest_difference if claim.claimed == "lower" else -claim.smallest_difference
+        told = what_decides(step.estimate, step.confidence, [edge], unit="seed")
+        return draft.changed(would_decide=f"of {step.name}, {told}")
     if draft.decision == "inconclusive" and draft.estimate is not None and draft.confidence is not None:
         return draft.changed(would_decide=what_decides(draft.estimate, draft.confidence, edges, unit="seed"))
     return draft
@@ -130,7 +136,7 @@ def _monotone(claim: Monotone, scores: ArmScores, confidence: float) -> _Found:
     pairs = list(zip(claim.arms[1:], claim.arms, strict=False))
     steps = [scores.difference(pair, (1.0, -1.0)) for pair in pairs]
     ruling = monotone(rise, steps, claim.claimed, claim.smallest_difference, confidence)
-    each = 1 - (1 - confidence) / len(steps)
+    each = step_confidence(confidence, len(steps))
     whole = _contrast(f"from {claim.arms[0]} to {claim.arms[-1]}, on the line", rise, confidence)
     parts = [_contrast(f"{a} - {b}", step, each) for (a, b), step in zip(pairs, steps, strict=True)]
     return _Found(ruling, rise, (whole, *parts))

@@ -57,6 +57,12 @@ class Contrast:
     interval_high: float
 
 
+def lies_inside(interval: tuple[float | None, float | None], low: float | None, high: float | None) -> bool:
+    """Whether an interval, where there is one, lies wholly between low and high, None for an open end."""
+    bottom, top = interval
+    return bottom is not None and top is not None and (low is None or bottom > low) and (high is None or top < high)
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What is said of one claim in one form at one scale.

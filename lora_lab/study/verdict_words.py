@@ -19,7 +19,7 @@ from lora_lab.schema.claims import (
 )
 from lora_lab.schema.design import Design
 from lora_lab.study.estimate import Estimate
-from lora_lab.study.verdict import Verdict
+from lora_lab.study.verdict import Contrast, Verdict, lies_inside
 
 
 def number(value: float) -> str:
@@ -55,7 +55,7 @@ def sentence_of(verdict: Verdict, claim: Claim, where: str, besides: Sequence[st
     word = verdict.word[0].upper() + verdict.word[1:]
     head = word if isinstance(claim, (Exact, NotRunnable)) or not where else f"{word} on {where}"
     parts = [text for text in (_finding(verdict, claim), _why(verdict, claim)) if text]
-    return f"{head}: {'; '.join([*parts, *besides])}."
+    return f"{head}: {'; '.join([*parts, *besides]).removesuffix('.')}."
 
 
 def _why(verdict: Verdict, claim: Claim) -> str | None:
@@ -64,11 +64,25 @@ def _why(verdict: Verdict, claim: Claim) -> str | None:
         rest = len(verdict.reasons) - 1
         more = f" (and {rest} more {'reason' if rest == 1 else 'reasons'})" if rest else ""
         return verdict.reasons[0] + more
+    if isinstance(claim, Monotone) and verdict.decision in ("fails", "inconclusive") and _is_inside(verdict):
+        step = step_back(verdict.contrasts, claim)
+        ends = f"{percent(step.confidence)} interval {number(step.interval_low)} to {number(step.interval_high)}"
+        return f"but a step goes back: {step.name} is {number(step.estimate.difference)} ({ends})"
     if verdict.decision == "inconclusive" and verdict.interval_low is not None:
         return "the interval lies on both sides of what is needed"
     if verdict.decision == "fails" and isinstance(claim, (Superiority, Monotone)) and not _is_reversed(verdict, claim):
         return "the difference is smaller than the smallest of interest, not shown to be reversed"
     return None
+
+
+def _is_inside(verdict: Verdict) -> bool:
+    return lies_inside((verdict.interval_low, verdict.interval_high), verdict.low, verdict.high)
+
+
+def step_back(contrasts: Sequence[Contrast], claim: Monotone) -> Contrast:
+    """Of the steps, which come after the rise on the whole, the one that goes farthest against the claim."""
+    sign = 1 if claim.claimed == "higher" else -1
+    return min(contrasts[1:], key=lambda one: sign * one.estimate.difference)
 
 
 def _is_reversed(verdict: Verdict, claim: Superiority | Monotone) -> bool:
@@ -156,10 +170,17 @@ def _formula(verdict: Verdict, claim: Exact) -> str | None:
     if verdict.value is None:
         return None
     numbers = [f"{one.id} = {_plain(one.value)}{f' {one.unit}' if one.unit else ''}" for one in claim.published]
-    terms = [f"{arm.name} = {_plain(arm.value)}" for arm in verdict.arms if arm.value is not None]
-    told = "; ".join([f"needed {needed(verdict)}", *numbers, *terms])
-    return f"{claim.value} = {number(verdict.value)} ({told})"
+    terms = [f"{arm.name} = {_sized(arm.name, arm.value)}" for arm in verdict.arms if arm.value is not None]
+    told = ", ".join([*numbers, *terms])
+    return f"{number(verdict.value)} where {needed(verdict)} is needed; it is {claim.value}" + (
+        f" with {told}" if told else ""
+    )
 
 
 def _plain(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else str(value)
+
+
+def _sized(name: str, value: float) -> str:
+    """Bytes as GB of 1e9 bytes, since nobody reads ten digits; the files have them all."""
+    return f"{number(value / 1e9)} GB" if "_bytes" in name and value >= 1e9 else _plain(value)

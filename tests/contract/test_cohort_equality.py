@@ -1,5 +1,5 @@
-"""Members trained together equal the same trained alone, whatever their company does: 50 steps, fp64 weights to 1e-10,
-fp32 losses to 1e-5.
+"""Members trained together equal the same trained alone, whatever their company does: fp64 weights to 1e-10, fp32
+losses to 1e-5. Every test run takes 12 steps on three bases; 50 steps, and the other bases, are slow.
 
 Alone is the plain way, one model on padded rows (which other tests compare with transformers' Trainer); and a cohort of
 one seat. Together is four seats and a queue: members come and go between passes.
@@ -30,11 +30,13 @@ from lora_lab.train.loop import tick, train
 from lora_lab.train.member import Member, member_of
 from tests.conftest import MakeTrial
 from tests.stepping import poison
+from tests.tiers import SLOW
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
 CPU = torch.device("cpu")
 _STEPS = 50
+_FEW_STEPS = 12
 # How far losses and weights may be apart; in fp32 twenty steps of AdamW make 1e-5 of one rounding of a weight.
 _BOUNDS: dict[str, Any] = {"fp64": {"losses": 1e-10, "weights": 1e-10}, "fp32": {"losses": 1e-5, "weights": None}}
 _SEATS = 4
@@ -119,9 +121,9 @@ def rows_of(count: int, *, seed: int) -> list[Encoded]:
     return made
 
 
-def trials_of(make_trial: MakeTrial, rows: Mapping[str, Row], *base: str) -> dict[str, Trial]:
+def trials_of(make_trial: MakeTrial, rows: Mapping[str, Row], *base: str, steps: int) -> dict[str, Trial]:
     """What a member says itself stands in for what the base says."""
-    plain = [f"training.max_steps={_STEPS}", "training.batch_size=4", "training.micro_batch_size=4", *base]
+    plain = [f"training.max_steps={steps}", "training.batch_size=4", "training.micro_batch_size=4", *base]
     trials = {}
     for name, row in rows.items():
         given = {override.partition("=")[0] for override in row.settings}
@@ -200,30 +202,45 @@ def _all_of(kind: str) -> dict[str, Row]:
     return MIXED | PARTS if kind in ("llama", "checkpointed") else MIXED
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_mixed_settings(make_trial: MakeTrial, shared: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        *(pytest.param(kind, _STEPS, id=kind, marks=SLOW) for kind in BASES),
+        *(pytest.param(kind, _FEW_STEPS, id=f"{kind} in few steps") for kind in ("llama", "gpt2", "nf4")),
+    ],
+)
+def test_mixed_settings(make_trial: MakeTrial, shared: Path, kind: str, steps: int) -> None:
     rows = _all_of(kind)
     for precision in _PRECISIONS[kind]:
-        bench = Bench(trials_of(make_trial, rows, *BASES[kind], f"training.precision={precision}"), rows, shared)
+        trials = trials_of(make_trial, rows, *BASES[kind], f"training.precision={precision}", steps=steps)
+        bench = Bench(trials, rows, shared)
         together = bench.together(list(rows), seats=_SEATS)
         assert_equal(together, bench.alone(list(rows)), **_BOUNDS[precision])
         assert [name for name, why in together.diverged.items() if why] == ["NaN weights", "absurd"]
-        assert len(together.losses["three rows"]) == 26 and len(together.losses["rank 128"]) == _STEPS
+        assert len(together.losses["three rows"]) == 26 and len(together.losses["rank 128"]) == steps
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
-def test_every_method_that_is_fused(make_trial: MakeTrial, shared: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "steps"),
+    [
+        ("fp64", _FEW_STEPS),
+        pytest.param("fp64", _STEPS, marks=SLOW),
+        pytest.param("fp32", _STEPS, marks=SLOW),
+    ],
+)
+def test_every_method_that_is_fused(make_trial: MakeTrial, shared: Path, precision: str, steps: int) -> None:
     assert set(METHODS) == set(FUSED_KINDS)
-    bench = Bench(trials_of(make_trial, METHODS, f"training.precision={precision}"), METHODS, shared)
+    bench = Bench(trials_of(make_trial, METHODS, f"training.precision={precision}", steps=steps), METHODS, shared)
     together = bench.together(list(METHODS), seats=_SEATS)
     assert_equal(together, bench.alone(list(METHODS)), **_BOUNDS[precision])
     assert set(together.diverged.values()) == {None}
 
 
-def test_any_company_and_order(make_trial: MakeTrial, shared: Path) -> None:
+@pytest.mark.parametrize("steps", [_FEW_STEPS, pytest.param(_STEPS, marks=SLOW)])
+def test_any_company_and_order(make_trial: MakeTrial, shared: Path, steps: int) -> None:
     """One seat, two seats and all at once, forwards and backwards."""
     rows = {name: row for name, row in (MIXED | PARTS).items() if name not in ("absurd", "row by row", "all")}
-    bench = Bench(trials_of(make_trial, rows, *_WIDE, "training.precision=fp64"), rows, shared)
+    bench = Bench(trials_of(make_trial, rows, *_WIDE, "training.precision=fp64", steps=steps), rows, shared)
     expected = bench.together(list(rows), seats=1)
     for names, seats in ((list(rows)[::-1], 2), (list(rows), len(rows))):
         assert_equal(bench.together(names, seats=seats), expected, **_BOUNDS["fp64"])
@@ -234,15 +251,16 @@ def test_who_diverges_on_the_way_leaves_the_others_to_the_last_bit(
 ) -> None:
     """Until then the company is the same; from then on the others' passes are shorter, and equal by the rule."""
     names = ["rank 128", "accumulates", "sgd"]
-    bench = Bench(trials_of(make_trial, MIXED, *_WIDE, "training.precision=fp64"), MIXED, shared)
+    trials = trials_of(make_trial, MIXED, *_WIDE, "training.precision=fp64", steps=_FEW_STEPS)
+    bench = Bench(trials, MIXED, shared)
     sound = bench.together(names, seats=3)
-    poison(monkeypatch, lambda member: member.name == "sgd" and member.step == 20)
+    poison(monkeypatch, lambda member: member.name == "sgd" and member.step == 6)
     broken = bench.together(names, seats=3)
-    assert str(broken.diverged["sgd"]).startswith("step 21: loss nan")
-    assert broken.losses["sgd"] == sound.losses["sgd"][:20]
+    assert str(broken.diverged["sgd"]).startswith("step 7: loss nan")
+    assert broken.losses["sgd"] == sound.losses["sgd"][:6]
     assert all(bool(weight.isfinite().all()) for weight in broken.weights["sgd"].values())
     for name in ("rank 128", "accumulates"):
-        assert broken.losses[name][:20] == sound.losses[name][:20], name
+        assert broken.losses[name][:6] == sound.losses[name][:6], name
     assert_equal(_of(broken, names[:2]), _of(sound, names[:2]), **_BOUNDS["fp64"])
 
 

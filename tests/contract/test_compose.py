@@ -12,6 +12,7 @@ from lora_lab.app.compose import Composer, config_loader
 from lora_lab.app.interpolation import plain_mapping
 from lora_lab.app.locations import conf_folder
 from lora_lab.errors import InputError
+from tests.tiers import mostly_slow
 
 POINTS = [
     [],
@@ -38,7 +39,9 @@ def test_equals_full_composition(composer: Composer, point: list[str]) -> None:
     assert composer.compose(point).mapping == whole
 
 
-def test_every_choice_and_many_combinations_equal_full_composition(composer: Composer) -> None:
+@pytest.mark.parametrize("share", mostly_slow(range(5), keep=[0]))
+def test_every_choice_and_many_combinations_equal_full_composition(composer: Composer, share: int) -> None:
+    """A fifth of the points in every test run: Hydra takes its time."""
     groups = {
         folder.name: sorted(leaf.stem for leaf in folder.glob("*.yaml"))
         for folder in conf_folder().iterdir()
@@ -52,7 +55,7 @@ def test_every_choice_and_many_combinations_equal_full_composition(composer: Com
     parts = groups["target"]
     points += [[f"target=[{','.join(draw.sample(parts, 3))}]", f"method={name}"] for name in groups["method"]]
     loader = config_loader()
-    for point in points:
+    for point in points[share::5]:
         whole = plain_mapping(loader.load_configuration("config", point, RunMode.RUN))
         ours = composer.attempt(point).mapping
         assert ours == whole, point

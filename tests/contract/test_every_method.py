@@ -29,6 +29,7 @@ from lora_lab.train.checkpointing import enable_checkpointing
 from lora_lab.train.loop import train
 from lora_lab.train.member import Member, member_of
 from tests.conftest import MakeTrial
+from tests.tiers import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -139,7 +140,7 @@ def own_weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in plain.items() if not parameter.requires_grad}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, keep=("llama", "gpt2")))
 @pytest.mark.parametrize("method", ROWS)
 def test_training(make_trial: MakeTrial, shared: Path, tmp_path: Path, method: str, family: str) -> None:
     trial = trial_of(make_trial, method, family)
@@ -206,7 +207,7 @@ def test_checkpointing_changes_nothing(make_trial: MakeTrial, shared: Path, meth
 
 
 @pytest.mark.parametrize("method", ROWS)
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", mostly_slow(["nf4", "int8"], keep=("nf4",)))
 def test_quantized_base(make_trial: MakeTrial, shared: Path, tmp_path: Path, method: str, kind: str) -> None:
     if not ROWS[method].quantized:
         with pytest.raises(InputError, match=f"quantization.*{kind}"):

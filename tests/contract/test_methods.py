@@ -31,6 +31,7 @@ from tests.conftest import MakeTrial
 from tests.contract.test_every_method import ROWS as METHOD_ROWS
 from tests.contract.test_every_method import Row
 from tests.journey.program import Lab
+from tests.tiers import SLOW, mostly_slow
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -126,7 +127,7 @@ def test_quantization(trained: Training, kind: str, double: str) -> None:
     assert facts["bits_per_parameter"] == pytest.approx(bits)
 
 
-@pytest.mark.parametrize("method", ["base", "rslora", "dora"])
+@pytest.mark.parametrize("method", mostly_slow(["base", "rslora", "dora"], keep=("dora",)))
 def test_quantization_with_other_methods(trained: Training, method: str) -> None:
     assert trained(f"method={method}", "quantization=nf4").facts["quantization"]["kind"] == "nf4"
 
@@ -181,8 +182,16 @@ def test_precision(trained: Training, precision: str) -> None:
     assert trained(f"training.precision={precision}").facts["precision"] == precision
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("mode", ["off", "every_layer", "2", "sqrt"])
+@pytest.mark.parametrize(
+    ("mode", "method"),
+    [
+        ("every_layer", "lora"),
+        ("2", "full"),
+        *(pytest.param(*one, marks=SLOW) for one in itertools.product(["off", "sqrt"], ["lora", "full"])),
+        pytest.param("every_layer", "full", marks=SLOW),
+        pytest.param("2", "lora", marks=SLOW),
+    ],
+)
 def test_gradient_checkpointing_changes_memory_and_not_the_result(trained: Training, mode: str, method: str) -> None:
     """Layers of 8 rows with 2 checkpointed segments, against none; the scores must agree to rounding."""
     shape = ("model.shape.num_layers=4", "training.batch_size=8", "training.micro_batch_size=8", f"method={method}")
@@ -194,7 +203,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(trained: Train
     assert result.measurements["peak_allocated_bytes"] < plain.measurements["peak_allocated_bytes"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, keep=("lora", "bottleneck")))
 def test_gpt2_shape(trained: Training, method: str) -> None:
     row = METHOD_ROWS.get(method, Row(gpt2=("target=attention",)))
     trained(*GPT2_MODEL, *settings(method), *row.gpt2)
@@ -258,7 +267,7 @@ def test_what_does_not_combine_is_refused(trained: Training, overrides: tuple[st
     assert not trained.lab.root.exists()
 
 
-@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("method", mostly_slow(["prompt_tuning", "p_tuning", "prefix_tuning"], keep=("prefix_tuning",)))
 def test_rows_that_do_not_fit_behind_the_virtual_tokens_stop_the_run_before_training(lab: Lab, method: str) -> None:
     """How long rows really are is known only once they are tokenised; data.max_length alone says nothing."""
     shape = ("model.shape.max_positions=100", "data.max_length=100")
@@ -283,7 +292,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("form", ROWS)
-@pytest.mark.parametrize("said", ["auto", "named"])
+@pytest.mark.parametrize("said", mostly_slow(["auto", "named"], keep=("auto",)))
 def test_jsonl(trained: Training, tmp_path: Path, form: str, said: str) -> None:
     path = tmp_path / "rows.jsonl"
     write_rows(path, ROWS[form])
@@ -323,7 +332,7 @@ def _targets() -> Iterator[Target]:
     yield Target(**dict.fromkeys(PARTS, True), modules=())
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", mostly_slow(["lora", "dora"], keep=("lora",)))
 @pytest.mark.parametrize(
     "model",
     [(), ("model.shape.tied_embeddings=true", "model.tie_embeddings=false")],
@@ -423,8 +432,9 @@ def test_housekeeping_is_not_in_a_fingerprint(lab: Lab, tmp_path: Path) -> None:
         "model.shape.hidden_size=64,128",
     ],
 )
-def test_what_is_in_a_fingerprint(lab: Lab, different: str) -> None:
-    found = fingerprints(lab, different)
+def test_what_is_in_a_fingerprint(trained: Training, different: str) -> None:
+    key, _, values = different.partition("=")
+    found = [row.fingerprint for value in values.split(",") for row in trained.plan(f"{key}={value}").rows]
     assert len(set(found)) == len(found) > 1
 
 

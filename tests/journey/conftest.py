@@ -22,8 +22,9 @@ def lab(tmp_path: Path, tiny_cache: Path) -> Lab:
     return Lab(tmp_path / "lab", tiny_cache)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def one_core() -> Iterator[None]:
-    """Sums in the order of a single thread, so that scores can be compared byte for byte."""
+    """Sums in the order of a single thread, so that scores can be compared byte for byte. For each file anew, so that
+    what the files before it imported is left out of garbage collection too."""
     with single_thread():
         yield

@@ -33,6 +33,8 @@ TINY = {
     "training.micro_batch_size": "4",
     "training.max_steps": "2",
     "evaluation.tasks": "[]",
+    "evaluation.answers.rows": "1",
+    "evaluation.answers.max_new_tokens": "4",
     "tracking": "off",
 }
 

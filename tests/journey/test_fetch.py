@@ -159,6 +159,7 @@ def test_a_hub_out_of_reach_keeps_nothing_else_from_being_fetched(tmp_path: Path
     assert all(item["bytes"] is None for item in found["items"])
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_first_look_needs_no_network(lab: Lab, cache: Path, tmp_path: Path) -> None:
     if not list((cache / "models").glob("smollm2_135m-*/manifest.json")):

@@ -1,6 +1,7 @@
 """Sweeps that are killed at any moment of their life: nothing is lost, nothing runs twice, nothing becomes different.
 
-Three kills in every test run; `make test-kills` gives each of three sweeps its share of KILLS=20 (or any number).
+`make test-kills` gives each of three sweeps its share of KILLS=20 (or any number). Every test run kills one sweep, in
+test_sweep.py.
 """
 
 from __future__ import annotations
@@ -222,6 +223,7 @@ def _check_later_call(story: Story, records: Sequence[RunRecord]) -> None:
     assert {record.run_id: files_of(record.folder) for record in story.folder.runs()} == before
 
 
+@pytest.mark.slow
 def test_three_kills(tmp_path: Path, tiny_cache: Path, known: Known) -> None:
     alone = ("launch.cohort=off",) if known.has_cohorts else ()
     (tmp_path / "alone").mkdir()

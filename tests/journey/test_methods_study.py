@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from lora_lab.plan.study_file import find_study, read_study
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Status
@@ -13,6 +15,7 @@ from tests.journey.program import CHECKOUT, call, single_thread
 SWEEPS = CHECKOUT / "sweeps"
 
 
+@pytest.mark.slow
 def test_methods_debug(tmp_path: Path) -> None:
     command = ("run", "-m", "study=methods_debug", f"root='{tmp_path / 'lab'}'", "tracking=off", "seed=0")
     with single_thread():

@@ -36,6 +36,7 @@ def test_it_runs_on_a_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(figures) == 4, "curves, cost, memory, two axes"
 
 
+@pytest.mark.slow
 def test_it_runs_where_no_run_was_made_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a time or a peak of their own; what cannot be drawn says why."""
     root = tmp_path / "lab"

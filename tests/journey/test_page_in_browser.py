@@ -13,6 +13,7 @@ from lora_lab.report.memory_page import write_memory_page
 from tests.browser import BROWSER
 from tests.claims_ledger import CLAIMS, fill_claims
 from tests.page_ledger import HOSTILE, add_cohort, add_routed_run, add_run, fill, fill_hostile
+from tests.tiers import mostly_slow
 from tests.unit.ledger_samples import trial_of
 from tests.unit.test_report_page import Page
 from tests.unit.timeline_samples import peak_of, prediction_of_parts, step_of
@@ -53,7 +54,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "report.html"
 
 
-@pytest.mark.parametrize("width", [1400, 500])
+@pytest.mark.parametrize("width", mostly_slow([1400, 500], keep=[1400]))
 def test_every_figure_is_drawn_and_nothing_is_complained_of(page: Path, width: int) -> None:
     document, console = opened(page, width=width)
     assert console == ""
@@ -87,7 +88,7 @@ def test_the_page_of_a_run(page: Path) -> None:
     assert any("js-plotly-plot" in str(element.get("class")) for element in document.all("div"))
 
 
-@pytest.mark.parametrize("width", [1400, 500])
+@pytest.mark.parametrize("width", mostly_slow([1400, 500], keep=[500]))
 def test_the_page_of_a_mixture(tmp_path: Path, width: int) -> None:
     record = add_routed_run(tmp_path)
     assert main(["report", "--root", str(tmp_path)]) == 0
@@ -113,6 +114,7 @@ def test_the_page_of_a_setting(page: Path) -> None:
     assert "[object" not in document.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1400, 500])
 def test_the_page_of_runs_that_were_trained_together(tmp_path: Path, width: int) -> None:
     """Beside some that were alone: the cohort's section, the reasons on a setting's page, a member's own page."""
@@ -136,7 +138,7 @@ def test_the_page_of_runs_that_were_trained_together(tmp_path: Path, width: int)
     assert "cohort train seconds" in member.text
 
 
-@pytest.mark.parametrize("width", [1400, 500])
+@pytest.mark.parametrize("width", mostly_slow([1400, 500], keep=[500]))
 def test_predicted_against_measured_memory(tmp_path: Path, width: int) -> None:
     prediction = prediction_of_parts({"weights": 540_000_000, "activations": 360_000_000})
     facts = {"executed": "alone", "warnings": [], "prediction": prediction.to_json()}
@@ -151,7 +153,7 @@ def test_predicted_against_measured_memory(tmp_path: Path, width: int) -> None:
     assert "gradients, activations, temporary" in run.text and "[object" not in run.text
 
 
-@pytest.mark.parametrize("width", [1400, 500])
+@pytest.mark.parametrize("width", mostly_slow([1400, 500], keep=[500]))
 def test_the_page_of_a_predicted_peak(tmp_path: Path, width: int) -> None:
     path = tmp_path / "memory.html"
     write_memory_page(step_of(6), prediction_of_parts(peak_of(6)), path, title="lora-r8")

@@ -27,6 +27,7 @@ from lora_lab.schema.method import METHODS
 from lora_lab.schema.trial import read_trial
 from tests.contract.test_every_method import ROWS
 from tests.journey.program import Answer, Lab, lines_of, wait_until
+from tests.tiers import mostly_slow
 
 # Four rows, all in the one batch of every step, so that a step's loss is that of the whole set.
 SHORT = ("data.train_size=4", "training.max_steps=3", "learning_rate=0.05")
@@ -158,7 +159,7 @@ def test_generate_answers_as_greedy_decoding_by_hand(parents: Lab, method: str) 
     assert answer.json()["answer"] == tokenizer.decode(new, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("method", CONTINUED)
+@pytest.mark.parametrize("method", mostly_slow(CONTINUED, keep=("dora", "prefix_tuning", "mola")))
 def test_an_adapter_is_trained_on_from_exactly_its_weights(copy: Lab, method: str) -> None:
     parent = of_method(copy, method)
     child = ran(copy, *settings(method), "data.train_seed=7", f"init_from={parent.run_id}")
@@ -172,7 +173,7 @@ def test_an_adapter_is_trained_on_from_exactly_its_weights(copy: Lab, method: st
         torch.testing.assert_close(restored(ids).logits, loaded_by_hand(child)(ids).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", MERGED)
+@pytest.mark.parametrize("method", mostly_slow(MERGED, keep=("lora", "ia3", "lisa")))
 def test_weights_of_a_run_are_the_base_of_another(copy: Lab, method: str) -> None:
     parent = of_method(copy, method)
     child = ran(copy, *settings("lora"), "data.train_seed=7", f"init_from={parent.run_id}", "init_as=weights")
@@ -182,7 +183,7 @@ def test_weights_of_a_run_are_the_base_of_another(copy: Lab, method: str) -> Non
     assert abs(first_loss(fresh) - expected) > 1e-4, "else it could have started from the plain model"
 
 
-@pytest.mark.parametrize("method", ROWS)
+@pytest.mark.parametrize("method", mostly_slow(ROWS, keep=("dora", "prompt_tuning", "full")))
 def test_every_method_starts_from_another_runs_weights(copy: Lab, method: str) -> None:
     parent = of_method(copy, "lora")
     child = ran(copy, *settings(method), "data.train_seed=7", f"init_from={parent.run_id}", "init_as=weights")
@@ -319,6 +320,7 @@ def _loss_of(model: Any, record: RunRecord, cache: Path) -> float:
     return total / count
 
 
+@pytest.mark.slow
 def test_a_killed_stage_is_tried_again_from_the_same_parent(copy: Lab) -> None:
     """The same command, with the parent by its name: the child's name must not have made that name ambiguous."""
     parent = of_method(copy, "lora")

@@ -119,6 +119,7 @@ def test_a_second_call_trains_nothing(disturbed: Disturbed) -> None:
     assert {record.run_id: _files(record.folder) for record in disturbed.lab.runs()} == before
 
 
+@pytest.mark.slow
 def test_two_sweeps_started_in_the_same_second_share_the_work(lab: Lab) -> None:
     sweep = ("-m", "seed=0,1,2", "training.max_steps=60", "--json")
     processes = [lab.start(*sweep) for _ in range(2)]

@@ -35,7 +35,7 @@ grids:
 """
 _ELSEWHERE = "running in another process"
 _DEEP_IN_TRAINING = 5
-_PATIENCE_SECONDS = 120.0
+_PATIENCE_SECONDS = 300.0
 # Whoever has not ended after so long with nothing left to do is taken to be waiting.
 _WAITING_SECONDS = 8.0
 
@@ -59,12 +59,10 @@ def two_at_a_time() -> tuple[str, ...]:
     return ("launch.cohort=2",) if "cohort" in launch else ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks",
-    [
-        pytest.param([4, 5, 6, 7], id="overlapping trials"),
-        pytest.param([1, 2, 3, 4, 5], id="same trials", marks=pytest.mark.slow),
-    ],
+    [pytest.param([4, 5, 6, 7], id="overlapping trials"), pytest.param([1, 2, 3, 4, 5], id="same trials")],
 )
 def test_started_in_the_same_second(sweep_of: Callable[..., SweepFolder], ranks: list[int]) -> None:
     left, right = sweep_of("left", [1, 2, 3, 4, 5]), sweep_of("right", ranks)
@@ -83,7 +81,7 @@ def test_one_dies_while_the_other_has_work_left(
     sweep_of: Callable[..., SweepFolder], two_at_a_time: tuple[str, ...]
 ) -> None:
     """What the dead one held is looked at again when the rest is through."""
-    sweep = sweep_of("both", [1, 2, 3, 4, 5], *two_at_a_time)
+    sweep = sweep_of("both", [1, 2, 3], *two_at_a_time)
     with living(sweep, "one") as one:
         held = _stopped_in_training(one, sweep)
         with living(sweep, "other") as other:

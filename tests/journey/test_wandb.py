@@ -25,6 +25,7 @@ from lora_lab.record.watcher import CohortMember, CohortView
 from lora_lab.schema.tracking import WandbTracking
 from tests.journey.program import Answer, Lab, call, lines_of, process_environment, python, wait_until
 from tests.stepping import poison
+from tests.tiers import mostly_slow
 from tests.unit.ledger_samples import as_member, claim, ended, loss, result_of, trial_of
 from tests.wandb_log import LoggedRun, offline_runs
 from tests.wandb_server import API_KEY, StandIn, StoredRun, stand_in_server
@@ -144,6 +145,7 @@ def test_a_run_tried_again_is_the_same_run(lab: Lab, monkeypatch: pytest.MonkeyP
     assert logged.run.run_id == failed.run.run_id and logged.summary["attempt"] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_training_leaves_its_rows_and_push_gives_every_row_of_the_ledger(lab: Lab) -> None:
     process = lab.start("training.max_steps=100000", "tracking=offline")
     wait_until(lambda: any(lab.root.glob("wandb/offline-run-*/lora_lab.json")), process)
@@ -396,6 +398,7 @@ def test_online_every_row_arrives_once_however_often_it_is_sent(lab: Lab) -> Non
         assert API_KEY.encode() not in sent and str(lab.root).encode() not in sent
 
 
+@pytest.mark.slow
 def test_a_run_that_is_alone_when_it_is_tried_again_names_no_cohort(tmp_path: Path) -> None:
     record = ended(tmp_path, trial_of(), status=Status.FAILED, **as_member("5f0c", ["a"], seats=4, wall=9.0))
     lab = Lab(tmp_path, tmp_path / "cache")
@@ -407,7 +410,7 @@ def test_a_run_that_is_alone_when_it_is_tried_again_names_no_cohort(tmp_path: Pa
         assert _stored(server, record).config["cohort"]["value"] is None
 
 
-@pytest.mark.parametrize("mode", ["hangs", "fails"])
+@pytest.mark.parametrize("mode", mostly_slow(["hangs", "fails"], keep=["fails"]))
 def test_a_server_that_does_not_answer_costs_seconds_and_one_line(lab: Lab, mode: str) -> None:
     with stand_in_server() as server, _environment(server.variables()):
         server.mode = mode

@@ -18,6 +18,7 @@ from lora_lab.adapters.bottleneck import BottleneckConfig, BottleneckLayer, bott
 from lora_lab.adapters.dropout import DropoutClock, SeededDropout
 from lora_lab.errors import InputError
 from lora_lab.train.checkpointing import enable_checkpointing
+from tests.tiers import mostly_slow
 from tests.tuner_bases import (
     FAMILIES,
     IDS,
@@ -318,15 +319,17 @@ def test_saved_and_loaded(family: str, layers: int, style: str, tmp_path: Path) 
     assert (written["peft_type"], written["scaling"], written["activation"]) == ("BOTTLENECK", 2.0, "gelu")
 
 
+@pytest.mark.slow
 def test_a_fresh_process_that_imports_the_lab_gives_the_same_logits(tmp_path: Path) -> None:
     model = shaken(adapted(network("llama"), "parallel"))
     logits = model(input_ids=IDS).logits.detach()
     assert torch.equal(fresh_logits(network("llama"), model, tmp_path), logits)
 
 
-@pytest.mark.parametrize(
-    "first", ["import lora_lab.adapters.bottleneck", "import peft, lora_lab", "import lora_lab.adapters.peft_types"]
-)
+FIRST = ("import lora_lab.adapters.bottleneck", "import peft, lora_lab", "import lora_lab.adapters.peft_types")
+
+
+@pytest.mark.parametrize("first", mostly_slow(FIRST, keep=FIRST[1:2]))
 def test_any_order_of_imports_registers_it(first: str) -> None:
     found = run_python(
         f"{first}\nimport peft\nprint(*(kind.value for kind in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING))"

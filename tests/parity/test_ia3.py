@@ -178,6 +178,7 @@ def test_saved_and_loaded(family: str, tmp_path: Path) -> None:
     assert set(written["feedforward_modules"]) == set(ia3_sites(network(family, layers=8), written["target_modules"]))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_that_imports_the_lab_gives_the_same_logits(tmp_path: Path) -> None:
     model = shaken(adapted(network("llama")))
     logits = model(input_ids=IDS).logits.detach()

@@ -362,6 +362,7 @@ save_file({"plain": model(input_ids=ids).logits, "auto": other(input_ids=ids).lo
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gets_the_same_logits(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

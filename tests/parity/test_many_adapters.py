@@ -24,6 +24,7 @@ from lora_lab.models.load import LoadedBase, load_base
 from lora_lab.schema.evaluation import Evaluation
 from tests.conftest import MakeTrial
 from tests.evaluation_samples import evaluation
+from tests.tiers import mostly_slow
 from tests.tuner_bases import shaken
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -76,7 +77,11 @@ def score_alone(base: LoadedBase, folder: Path, cache: Path, output: Path) -> Sc
     return evaluate_model(model, base.tokenizer, TASKS, cache=cache, output=output)
 
 
-@pytest.mark.parametrize("settings", [(), ("quantization=nf4",), ("quantization=int8",)], ids=["fp32", "nf4", "int8"])
+@pytest.mark.parametrize(
+    "settings",
+    mostly_slow([(), ("quantization=nf4",), ("quantization=int8",)], keep=[()]),
+    ids=["fp32", "nf4", "int8"],
+)
 def test_equal_to_a_fresh_load_of_each(
     make_trial: MakeTrial, shared: Path, tmp_path: Path, settings: tuple[str, ...]
 ) -> None:

@@ -367,6 +367,7 @@ def test_saved_and_loaded(family: str, layers: int, router_input: str, tmp_path:
     assert (written["peft_type"], written["num_experts"], written["router_input"]) == ("MOV", 3, router_input)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_that_imports_the_lab_gives_the_same_logits(tmp_path: Path) -> None:
     model = shaken(adapted(network("qwen2")))
     logits = model(input_ids=IDS).logits.detach()

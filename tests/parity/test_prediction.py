@@ -25,6 +25,7 @@ from lora_lab.schema.trial import Trial
 from tests.conftest import MakeTrial
 from tests.parity.test_memory import allocation_deltas, running_peak
 from tests.real_step import real_step
+from tests.tiers import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -32,8 +33,8 @@ MICRO = ("training.batch_size=4", "training.micro_batch_size=4")
 # Two micro-batches: gradients of the first are alive in the second.
 SPLIT = ("training.batch_size=4", "training.micro_batch_size=2")
 GPT2 = ("model=tiny_random", "model.shape.family=gpt2", "model.shape.num_kv_heads=4", "target=all_linear")
+# One of each method, and some of each quantization, optimizer and base: what every test run traces.
 CASES = [
-    ("method=lora",),
     ("method=lora", "dropout=0.1", "target=all_linear", "rank=3"),
     ("method=rslora", "target=all_linear_head"),
     ("method=lora_plus", *SPLIT),
@@ -45,40 +46,43 @@ CASES = [
     ("method=prompt_tuning",),
     ("method=p_tuning",),
     ("method=prefix_tuning",),
-    ("method=prefix_tuning", "training.gradient_checkpointing=every_layer"),
     ("method=bottleneck", "method.style=houlsby"),
-    ("method=bottleneck", "method.style=parallel"),
     ("method=mov", "target=ia3"),
     ("method=molora", "target=all_linear"),
     ("method=loramoe",),
     ("method=mola", "method.experts=[2,4]"),
-    ("method=full",),
     ("method=full", *SPLIT, "training.gradient_checkpointing=every_layer"),
     ("method=freeze", "method.last_layers=1"),
     ("method=lisa", "method.layers=1"),
     ("method=galore",),
+    ("quantization=nf4", "quantization.double_quantization=true", "target=all_linear", "training.precision=bf16"),
+    ("quantization=int8", "method=adalora", "training.gradient_checkpointing=every_layer"),
+    ("optimizer=paged_adamw8bit", "target=all_linear"),
+    ("optimizer=sophia",),
+    ("model=tiny_random", "model.tie_embeddings=false", "model.shape.tied_embeddings=true", "target=all_linear_head"),
+    ("training.precision=bf16", "training.gradient_checkpointing=sqrt"),
+    (*GPT2, "quantization=nf4"),
+    (*GPT2, "method=full", "training.gradient_checkpointing=every_layer"),
+]
+MORE_CASES = [
+    ("method=lora",),
+    ("method=prefix_tuning", "training.gradient_checkpointing=every_layer"),
+    ("method=bottleneck", "method.style=parallel"),
+    ("method=full",),
     ("method=galore", "optimizer=adamw8bit"),
     ("quantization=nf4",),
-    ("quantization=nf4", "quantization.double_quantization=true", "target=all_linear", "training.precision=bf16"),
     ("quantization=fp4", "method=bottleneck"),
     ("quantization=nf4", "method=dora"),
     ("quantization=int8",),
-    ("quantization=int8", "method=adalora", "training.gradient_checkpointing=every_layer"),
     ("optimizer=adamw8bit", "method=full"),
-    ("optimizer=paged_adamw8bit", "target=all_linear"),
     ("optimizer=sgd",),
     ("optimizer=lion",),
-    ("optimizer=sophia",),
     ("target=embedding",),
-    ("model=tiny_random", "model.tie_embeddings=false", "model.shape.tied_embeddings=true", "target=all_linear_head"),
-    ("training.precision=bf16", "training.gradient_checkpointing=sqrt"),
     ("training.precision=fp64",),
     ("model=tiny_random", "model.shape.family=qwen2", "method=dora"),
     ("model=tiny_random", "model.shape.family=mistral"),
     GPT2,
-    (*GPT2, "quantization=nf4"),
     (*GPT2, "quantization=int8", "training.precision=bf16"),
-    (*GPT2, "method=full", "training.gradient_checkpointing=every_layer"),
 ]
 
 
@@ -105,7 +109,7 @@ def test_every_method_has_a_case() -> None:
     assert set(METHODS) - {"base"} <= named | aliases
 
 
-@pytest.mark.parametrize("lines", CASES, ids=" ".join)
+@pytest.mark.parametrize("lines", mostly_slow([*CASES, *MORE_CASES], keep=CASES), ids=" ".join)
 def test_the_step_that_is_traced_is_the_one_that_runs(
     make_trial: MakeTrial, lines: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -121,21 +125,20 @@ def test_the_step_that_is_traced_is_the_one_that_runs(
         assert births(predicted.timeline) == births(measured.timeline)
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        (),
-        ("target=all_linear", "quantization=nf4", "dropout=0.1"),
-        ("training.gradient_checkpointing=every_layer", "target=all_linear"),
-        ("method=full", "training.batch_size=4", "training.micro_batch_size=2"),
-        ("method=full", "training.gradient_checkpointing=every_layer"),
-        ("method=prefix_tuning",),
-        ("method=molora", "target=mlp"),
-        # The update moves the peak: many gradients, hardly any activations.
-        ("method=galore", "training.gradient_checkpointing=every_layer", "data.max_length=32"),
-    ],
-    ids=" ".join,
-)
+DEPTHS: list[tuple[str, ...]] = [
+    (),
+    ("target=all_linear", "quantization=nf4", "dropout=0.1"),
+    ("training.gradient_checkpointing=every_layer", "target=all_linear"),
+    ("method=full", "training.batch_size=4", "training.micro_batch_size=2"),
+    ("method=full", "training.gradient_checkpointing=every_layer"),
+    ("method=prefix_tuning",),
+    ("method=molora", "target=mlp"),
+    # The update moves the peak: many gradients, hardly any activations.
+    ("method=galore", "training.gradient_checkpointing=every_layer", "data.max_length=32"),
+]
+
+
+@pytest.mark.parametrize("lines", mostly_slow(DEPTHS, keep=[DEPTHS[0], DEPTHS[4]]), ids=" ".join)
 def test_two_depths_tell_what_a_trace_in_full_tells(make_trial: MakeTrial, lines: tuple[str, ...]) -> None:
     trial = make_trial("model=tiny_random", "model.shape.num_layers=10", *sized(lines))
     rows = uneven_rows(trial)
@@ -147,16 +150,15 @@ def test_two_depths_tell_what_a_trace_in_full_tells(make_trial: MakeTrial, lines
     assert found.base_bytes == whole.base_bytes
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        (),
-        ("target=all_linear", "quantization=nf4", "dropout=0.1"),
-        ("method=full", *SPLIT, "training.gradient_checkpointing=every_layer"),
-        ("method=dora", "target=mlp"),
-    ],
-    ids=" ".join,
-)
+RUN_OVER: list[tuple[str, ...]] = [
+    (),
+    ("target=all_linear", "quantization=nf4", "dropout=0.1"),
+    ("method=full", *SPLIT, "training.gradient_checkpointing=every_layer"),
+    ("method=dora", "target=mlp"),
+]
+
+
+@pytest.mark.parametrize("lines", mostly_slow(RUN_OVER, keep=[RUN_OVER[2]]), ids=" ".join)
 def test_the_allocator_is_run_over_all_layers(
     make_trial: MakeTrial, lines: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from lora_lab.train.loop import clip, gather
 from lora_lab.train.member import Member, member_of
 from tests.conftest import MakeTrial
 from tests.stepping import CPU
+from tests.tiers import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -35,18 +36,28 @@ SIZE = (
 )
 
 
+OWN = (
+    ("rank=8",),
+    ("rank=32", "target=all_linear"),
+    ("method=dora",),
+    ("method=ia3", "target=ia3"),
+    ("method=molora",),
+)
+OF_ALL: tuple[tuple[str, ...], ...] = ((), ("training.gradient_checkpointing=every_layer",), ("quantization=nf4",))
+
+
 @pytest.mark.parametrize(
-    "own",
-    [("rank=8",), ("rank=32", "target=all_linear"), ("method=dora",), ("method=ia3", "target=ia3"), ("method=molora",)],
+    "lines",
+    mostly_slow(
+        [(*own, *of_all) for own in OWN for of_all in OF_ALL],
+        keep=[OWN[0], (*OWN[3], *OF_ALL[1]), (*OWN[2], *OF_ALL[2])],
+    ),
     ids=" ".join,
 )
-@pytest.mark.parametrize(
-    "of_all", [(), ("training.gradient_checkpointing=every_layer",), ("quantization=nf4",)], ids=" ".join
-)
 def test_a_cohort_takes_its_base_once_and_its_members_each(
-    make_trial: MakeTrial, tmp_path_factory: pytest.TempPathFactory, own: tuple[str, ...], of_all: tuple[str, ...]
+    make_trial: MakeTrial, tmp_path_factory: pytest.TempPathFactory, lines: tuple[str, ...]
 ) -> None:
-    trials = [make_trial(*SIZE, *own, *of_all, f"seed={seed}") for seed in range(3)]
+    trials = [make_trial(*SIZE, *lines, f"seed={seed}") for seed in range(3)]
     predicted = [predict(trial, ROWS, device_kind="cpu") for trial in trials]
     first = trials[0]
     cache: Path = tmp_path_factory.getbasetemp() / "prediction"

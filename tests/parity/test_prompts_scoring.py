@@ -19,6 +19,7 @@ from lora_lab.models.generate import generate, generation_inputs
 from lora_lab.models.random import byte_tokenizer
 from lora_lab.schema.evaluation import SampleAnswers
 from tests.parity.test_prompts import FAMILIES, KINDS, N, adapted, by_hand, network
+from tests.tiers import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -87,7 +88,7 @@ def greedy(model: Any, ids: list[int], steps: int) -> list[int]:
     return row[len(ids) :]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", mostly_slow([1, 3], keep=[3]))
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_generate_until(kind: str, family: str, batch_size: int) -> None:

@@ -194,6 +194,7 @@ def test_published_bits_of_constants(make_trial: MakeTrial, double: bool, bits: 
     assert round(8 * planned.constant_bytes / planned.parameters, 3) == bits
 
 
+@pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.parametrize(("double", "bits"), [(True, 4.127), (False, 4.5)])
 def test_published_bits_per_parameter_on_a_real_model(

@@ -30,6 +30,7 @@ from lora_lab.train.member import Member, StepRecord, member_of
 from lora_lab.train.saved_state import load_state, save_state
 from tests.conftest import CHECKOUT, MakeTrial
 from tests.contract.test_every_method import CPU, ROWS, attached_to, load, rows, trial_of
+from tests.tiers import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -160,9 +161,13 @@ PAIRS = [(method, optimizer) for method in ("lora_plus", "lisa", "galore") for o
 PAIRS.remove(("galore", "sophia"))
 
 
-@pytest.mark.parametrize(("method", "optimizer"), PAIRS)
-def test_every_optimizer(make_trial: MakeTrial, shared: Path, tmp_path: Path, method: str, optimizer: str) -> None:
+KEPT = [pair for pair in PAIRS if pair[0] == "lora_plus"] + [("lisa", "adamw8bit"), ("galore", "momentum")]
+
+
+@pytest.mark.parametrize("pair", mostly_slow(PAIRS, keep=KEPT), ids="-".join)
+def test_every_optimizer(make_trial: MakeTrial, shared: Path, tmp_path: Path, pair: tuple[str, str]) -> None:
     """Two groups of rates; groups that change; an optimizer in another. LISA's embeddings have states of 8 bits."""
+    method, optimizer = pair
     trial = trial_of(make_trial, method, "llama", *SETTING, *OPTIMIZERS[optimizer])
     member = compare(trial, shared, tmp_path / "checkpoint", stops=(3,))
     if method == "lisa" and "8bit" in optimizer:
@@ -182,10 +187,17 @@ WHEREVER = {
 }
 
 
-@pytest.mark.parametrize("stop", range(STEPS + 1))
-@pytest.mark.parametrize("method", WHEREVER)
-def test_wherever_it_stops(make_trial: MakeTrial, shared: Path, tmp_path: Path, method: str, stop: int) -> None:
+PLACES = [(method, stop) for method in WHEREVER for stop in range(STEPS + 1)]
+
+
+@pytest.mark.parametrize(
+    "place",
+    mostly_slow(PLACES, keep=[("adalora", 2), ("galore", 3), ("lisa", 2), ("lisa", 0), ("loramoe", STEPS)]),
+    ids=lambda place: f"{place[0]}-{place[1]}",
+)
+def test_wherever_it_stops(make_trial: MakeTrial, shared: Path, tmp_path: Path, place: tuple[str, int]) -> None:
     """In and between phases (budgets, bases, sets of layers, estimates), before the first step and after the last."""
+    method, stop = place
     trial = trial_of(make_trial, method, "llama", *SETTING, *WHEREVER[method])
     compare(trial, shared, tmp_path / "checkpoint", stops=(stop,))
 
@@ -254,6 +266,7 @@ def digest(pair: Begun) -> str:
     return found.hexdigest()
 
 
+@pytest.mark.slow
 def test_another_process_goes_on(make_trial: MakeTrial, shared: Path, tmp_path: Path) -> None:
     """With another order of sets and another address for everything."""
     trials = {method: trial_of(make_trial, method, "llama", *SETTING) for method in ROWS}

@@ -15,6 +15,7 @@ from lora_lab.evaluate.greedy import decoder, row_cache
 from lora_lab.evaluate.lab_model import LabModel
 from lora_lab.models.random import byte_tokenizer
 from tests.parity.test_prompts import FAMILIES, KINDS, N, adapted, network
+from tests.tiers import mostly_slow
 from tests.tuner_bases import shaken
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -75,7 +76,7 @@ def own_path(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("case", REQUESTS)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", mostly_slow([1, 4], keep=[4]))
 def test_texts_are_lm_evals(family: str, case: str, batch_size: int, own_path: list[int]) -> None:
     model = network(family)
     given = requests(REQUESTS[case])

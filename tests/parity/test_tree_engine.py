@@ -22,6 +22,7 @@ from lora_lab.models.random import byte_tokenizer
 from tests.conftest import MakeTrial
 from tests.contract.test_every_method import ROWS, trained, trial_of
 from tests.parity.test_prompts import network
+from tests.tiers import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -152,7 +153,7 @@ def test_every_shared_token_is_computed_once(models: dict[str, Any]) -> None:
     assert sum(read[-facts["passes"] :]) == facts["padded_tokens"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", mostly_slow(["llama", "gpt2"], keep=["llama"]))
 def test_ten_thousand_requests(models: dict[str, Any], family: str) -> None:
     """As many as a benchmark has, of all lengths; a sample is compared."""
     draw = random.Random(1)
@@ -271,13 +272,33 @@ def test_methods(make_trial: MakeTrial, shared: Path, method: str) -> None:
     assert ours.engine_facts[1]["engine"] == "greedy" or method == "prefix_tuning", ours.engine_facts[1]
 
 
-@pytest.mark.parametrize("method", [name for name, row in ROWS.items() if row.quantized])
-@pytest.mark.parametrize("changes", [("training.precision=bf16",), ("quantization=nf4",), ("quantization=int8",)])
-def test_narrow_numbers(make_trial: MakeTrial, shared: Path, method: str, changes: tuple[str, ...]) -> None:
+NARROW = [
+    (method, change)
+    for method, row in ROWS.items()
+    for change in ("training.precision=bf16", "quantization=nf4", "quantization=int8")
+    if row.quantized
+]
+
+
+@pytest.mark.parametrize(
+    "narrow",
+    mostly_slow(
+        NARROW,
+        keep=[
+            ("lora", "training.precision=bf16"),
+            ("mola", "training.precision=bf16"),
+            ("dora", "quantization=nf4"),
+            ("prefix_tuning", "quantization=nf4"),
+            ("ia3", "quantization=int8"),
+        ],
+    ),
+    ids=" ".join,
+)
+def test_narrow_numbers(make_trial: MakeTrial, shared: Path, narrow: tuple[str, str]) -> None:
     """bf16 and quantized bases: within three times what lm-eval's own scores move by, which the guard measures."""
-    if method == "adalora" and "int8" in changes[0]:
+    if narrow == ("adalora", "quantization=int8"):
         pytest.skip("PEFT has no AdaLoRA on int8 of this kind")
-    _, attached, _ = trained(trial_of(make_trial, method, "llama", *changes), shared)
+    _, attached, _ = trained(trial_of(make_trial, narrow[0], "llama", narrow[1]), shared)
     ours = LabModel(attached.model.eval(), tokenizer=byte_tokenizer(256), batch_size=4)
     ours.loglikelihood(asked(SETS["questions"] + SETS["unicode"]))
     facts = ours.engine_facts[0]

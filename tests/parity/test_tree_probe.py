@@ -22,12 +22,13 @@ from tests.contract.test_every_method import ROWS, attached_to, load, trial_of
 from tests.parity.test_evaluate_routing import mixture
 from tests.parity.test_prompts import KINDS, N, adapted, network
 from tests.parity.test_tree_support import DEPTH, PLANS, family, single_rows
+from tests.tiers import mostly_slow
 from tests.tree_families import INVALID, VALID, WINDOWED, random_rows, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
 
-@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+@pytest.mark.parametrize("shape", mostly_slow(["llama", "gpt2"], keep=["gpt2"]))
 @pytest.mark.parametrize("method", ROWS)
 def test_every_method(make_trial: MakeTrial, tmp_path: Path, method: str, shape: str) -> None:
     """Mixtures too: each token is routed by itself."""

@@ -144,16 +144,17 @@ def write_rows(folder: RunFolder, nats: Array, tokens: Array, *, order: Sequence
 def write_samples(
     folder: RunFolder, task: str, scores: Sequence[float], *, order: Sequence[int] | None, chance: float | None
 ) -> Metric:
-    """A samples file as lm-eval writes it; documents 1 and 2 have the same text, so the same hash."""
+    """A samples file as lm-eval writes it; documents 1 and 2 have the same text, so the same hash;
+    doc_id is the place in the file."""
     lines = [
         {
-            "doc_id": index,
+            "doc_id": place,
             "doc_hash": f"h{1 if index == 2 else index}",
             "filter": "none",
             "metrics": ["acc"],
             "acc": scores[index],
         }
-        for index in (order if order is not None else range(len(scores)))
+        for place, index in enumerate(order if order is not None else range(len(scores)))
     ]
     write_lines(folder.eval_folder / f"samples_{task}_2026-01-01T00-00-00.5.jsonl", lines)
     value = math.fsum(scores) / len(scores)

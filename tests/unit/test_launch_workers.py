@@ -203,8 +203,9 @@ class Program:
     ("number", "to_all", "code"),
     [
         (signal.SIGINT, True, 130),  # Ctrl-C in a terminal
-        (signal.SIGTERM, True, -signal.SIGTERM),  # `timeout`: to its child, then to the whole group
-        (signal.SIGTERM, False, -signal.SIGTERM),
+        # `timeout`: to its child, then to the whole group
+        pytest.param(signal.SIGTERM, True, -signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, -signal.SIGTERM, marks=pytest.mark.slow),
     ],
     ids=["Ctrl-C", "SIGTERM to all", "SIGTERM"],
 )

@@ -27,6 +27,7 @@ from lora_lab.schema.trial import Trial
 from tests.conftest import MakeTrial
 from tests.contract.test_every_method import ROWS
 from tests.journey.program import Lab, python, single_thread
+from tests.tiers import SLOW
 from tests.unit.ledger_samples import claim, loss, result_of
 
 MACHINE: dict[str, Any] = {
@@ -52,20 +53,25 @@ METRICS = {
     "skills_unseen/exact_match,strict-match": loss(0.0, higher_is_better=True, standard_error=0.0, unit="fraction"),
     "train/loss": loss(3.5, standard_error=None, num_examples=None),
 }
+# One of each form that is saved, and each kind of adapter that only the lab can load.
+SOME = ("lora", "full", "freeze", "prompt_tuning", "bottleneck", "mov", "mola")
 HOSTILE = (
     "x\n---\nlicense: mit\n# h `` ` <script>alert(1)</script> <!-- [a](https://evil.example) ![i](//evil.example) "
     "| cell | **b** _i_ ~~s~~ &amp; $x$ https://evil.example www.evil.example \x1b[31m \u202e {{x}} '\" \\ ```\n```"
 )
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """A lab under the default names with a run of every method, on plain and on quantized bases, and stages."""
+@pytest.fixture(scope="module", params=[SOME, pytest.param(tuple(ROWS), marks=SLOW)], ids=["some", "every method"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A lab under the default names with runs of methods, on plain and on quantized bases, and stages."""
+    methods: tuple[str, ...] = request.param
     root = tmp_path_factory.mktemp("user") / "lab"
     lab = Lab(root, root / "cache")
     rate = "learning_rate=0.1"
-    calls = [(f"method={method}", *row.settings, rate, "training.max_steps=4") for method, row in ROWS.items()]
-    calls += [("method=base",), ("method=qlora", rate), ("quantization=int8", rate)]
+    calls = [(f"method={method}", *ROWS[method].settings, rate, "training.max_steps=4") for method in methods]
+    calls += [("method=base",), ("method=qlora", rate)]
+    if methods != SOME:
+        calls.append(("quantization=int8", rate))
     with single_thread():
         for call in calls:
             _run(lab, *call)
@@ -73,6 +79,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Lab:
         on_weights = (rate, f"init_from={start}", "init_as=weights")
         second = _run(lab, "method=dora", *on_weights)
         _run(lab, "method=dora", rate, f"init_from={second}")
+        if methods == SOME:
+            return lab
         frozen = _run(lab, "method=freeze", *ROWS["freeze"].settings, *on_weights)
         _run(lab, "method=mola", *ROWS["mola"].settings, rate, f"init_from={frozen}", "init_as=weights")
         whole = _run(lab, "method=galore", *ROWS["galore"].settings, *on_weights)
@@ -141,7 +149,8 @@ def test_the_code_of_every_card_runs_and_loads_what_was_scored(trained: Lab) -> 
     told = f"print('\\nNORM', model(input_ids=torch.tensor([{ids}])).logits.detach().double().norm().item())"
     forms = {record.run_id: METHODS[record.trial["method"]["kind"]].saves for record in records}
     cards = [(record.saved_folder(forms[record.run_id]) / CARD_FILE).read_text() for record in records]
-    assert {record.trial["method"]["kind"] for record in records} == set(METHODS) - {"base"}
+    trained_kinds = {record.trial["method"]["kind"] for record in records}
+    assert trained_kinds in ({*SOME, "dora"}, set(METHODS) - {"base"})
     answer = python("\n".join(f"{_snippet(card)}{told}" for card in cards), cwd=trained.root.parent)
     assert answer.code == 0, answer.err
     assert answer.out.count("Once upon a time") == len(records)

@@ -192,3 +192,25 @@ def test_an_arm_is_one_setting(tmp_path: Path, arms: dict[str, Any], told: str) 
     with pytest.raises(InputError) as caught:
         World(tmp_path, study_of(LOWER, arms=arms)).verdict()
     assert told in str(caught.value)
+
+
+def test_a_claim_that_cannot_be_run_says_why(tmp_path: Path) -> None:
+    claim = {"id": "n", "statement": "s", "rule": "not_runnable", "reason": "needs a judge model"}
+    verdict = World(tmp_path, study_of(claim)).verdict()
+    assert (verdict.decision, verdict.sentence) == ("not runnable", "Not runnable: needs a judge model.")
+
+
+def test_a_rise_with_a_dent_is_left_open(tmp_path: Path) -> None:
+    kinds = dict(zip(("none", "nf4", "fp4"), (0.0, 0.8, 0.74), strict=True))
+    arms = {name: {"quantization": kind} for name, kind in zip("abc", kinds, strict=True)}
+    claim = {"id": "up", "statement": "s", "metric": "heldout/loss", "rule": "monotone", "arms": ["a", "b", "c"]}
+    up = {**claim, "claimed": "higher", "smallest_difference": 0.05}
+    grids = [{"quantization": list(kinds), "learning_rate": [2e-3]}]
+    world = World(tmp_path, study_of(up, grids=grids, arms=arms))
+    for values in world.settings():
+        world.run(values, rows=losses(values["seed"], shift=kinds[values["quantization"]], spread=0.02))
+    verdict = world.verdict()
+    assert verdict.decision == "inconclusive"
+    assert verdict.interval_low is not None and verdict.interval_low > 0.05  # the rise by itself would hold
+    assert "but a step goes back: c - b is -0.0" in verdict.sentence
+    assert verdict.would_decide is not None and verdict.would_decide.startswith("of c - b, ")

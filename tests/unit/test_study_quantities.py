@@ -146,7 +146,7 @@ def test_the_39_percent_are_50(tmp_path: Path) -> None:
     assert verdict.value == pytest.approx(0.505, abs=0.0005)
     assert (verdict.decision, verdict.word) == ("fails", "contradicted")  # arithmetic is firm, at pocket scale too
     assert verdict.sentence.startswith(
-        "Contradicted: nf4_s / lora_s - 1 = 0.5046 (needed 0.38 to 0.4; lora_s = 6685.75 s"
+        "Contradicted: 0.5046 where 0.38 to 0.4 is needed; it is nf4_s / lora_s - 1 with lora_s = 6685.75 s"
     )
 
 

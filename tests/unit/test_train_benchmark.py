@@ -220,6 +220,7 @@ def options(shared: Path, tmp_path: Path) -> Iterator[Any]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_second_call_measures_only_what_is_missing(options: Any, tmp_path: Path) -> None:
     kept: list[dict[str, Any]] = []
     measure(options, {}, lambda result: kept.append(json.loads(json.dumps(result, allow_nan=False))))
