@@ -70,7 +70,14 @@ def target_lattice(rows: Sequence[LatticeRow], *, score: str, whisker: str) -> F
         "data": data,
         "layout": {
             "height": _FRAME_PIXELS + _ROW_PIXELS * len(rows),
-            "xaxis": {"domain": [0, 0.42], "type": "category", "side": "top", "showgrid": False},
+            "xaxis": {
+                "domain": [0, 0.42],
+                "type": "category",
+                "side": "top",
+                "showgrid": False,
+                "categoryorder": "array",
+                "categoryarray": used,
+            },
             "xaxis2": {
                 "domain": [0.5, 1],
                 "anchor": "y",
