@@ -1,79 +1,15 @@
-"""A study with claims from its file to its verdicts: what runs when, what is refused, what a deleted run does."""
+"""A study with claims from its file to its verdicts: what runs when, and what a deleted run does."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.journey.program import Answer, Lab, call
-
-STUDY = """\
-question: Does the rank matter on the smallest model?
-source: {title: A paper, url: "https://example.org"}
-base:
-  model: tiny_random
-  data: skills
-  data.train_size: 16
-  data.heldout_size: 8
-  training.batch_size: 4
-  training.micro_batch_size: 4
-  training.max_steps: 2
-  evaluation: heldout
-  evaluation.answers.rows: 0
-  scheduler: constant
-seeds: [0, 1, 2]
-grids:
-  - {rank: [2, 8], target: [qv], learning_rate: [1.0e-2, tuned]}
-metrics: [heldout/loss]
-arms:
-  small: {rank: 2}
-  large: {rank: 8}
-tuning:
-  metric: heldout/loss
-  seeds: [100]
-  base: {data.heldout_seed: 12}
-  rates: [{values: [1.0e-4, 1.0e-3, 1.0e-2]}]
-timing:
-  arms: [small, large]
-  repeats: 3
-  base: {training.max_steps: 3, evaluation: none}
-claims:
-  - id: bigger
-    statement: Rank 8 learns more than rank 2 does.
-    rule: superiority
-    metric: heldout/loss
-    arm: large
-    against: small
-    claimed: lower
-    smallest_difference: 0.001
-    forms: [as_published, tuned]
-  - id: equal
-    statement: They are nearly the same.
-    rule: equality
-    metric: heldout/loss
-    arm: large
-    against: small
-    margin: 3.0
-  - id: slower
-    statement: Rank 8 takes at most a hundred times as long.
-    rule: ratio
-    measure: train_seconds
-    arm: large
-    against: small
-    high: 100
-  - id: four_times
-    statement: Rank 8 trains four times as many parameters.
-    rule: exact
-    value: planned(trainable_parameters, large) / planned(trainable_parameters, small)
-    low: 4
-    high: 4
-  - {id: judged_elsewhere, statement: A judge prefers rank 8., rule: not_runnable, reason: there is no judge model here}
-"""
+from tests.journey.program import Answer, call
+from tests.journey.ranks_study import Study, begun, said
 
 
 @pytest.fixture(scope="module")
@@ -84,46 +20,12 @@ def first(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Callabl
     def run() -> tuple[Path, Answer]:
         if not kept:
             folder = tmp_path_factory.mktemp("first")
-            (folder / "sweeps").mkdir()
-            (folder / "sweeps" / "ranks.yaml").write_text(STUDY)
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
-                kept.append((folder, call("reproduce", "ranks", "--json", *housekeeping(folder, tiny_cache))))
+                kept.append((folder, begun(folder, tiny_cache).reproduce("--json")))
         return kept[0]
 
     return run
-
-
-def housekeeping(folder: Path, cache: Path) -> list[str]:
-    """Overrides of a call below `folder`."""
-    return [f"root='{folder / 'lab'}'", f"cache='{cache}'", "tracking=off"]
-
-
-class Study:
-    """The study in a working folder of the test's own."""
-
-    def __init__(self, folder: Path, cache: Path) -> None:
-        self.folder, self.cache = folder, cache
-        self.file = folder / "sweeps" / "ranks.yaml"
-        self.lab = Lab(folder / "lab", cache)
-
-    def reproduce(self, *arguments: str) -> Answer:
-        """`reproduce ranks`."""
-        return call("reproduce", "ranks", *arguments, *housekeeping(self.folder, self.cache))
-
-    def edit(self, old: str, new: str) -> None:
-        """Changes the study's file."""
-        text = self.file.read_text()
-        assert old in text
-        self.file.write_text(text.replace(old, new))
-
-    def of(self, name: str) -> Any:
-        """A file of the study's folder."""
-        return json.loads((self.lab.root / "studies" / "ranks" / name).read_text())
-
-    def ids(self, stage: str) -> list[str]:
-        """Runs of a stage, each once."""
-        return list(dict.fromkeys(one["run_id"] for one in self.of("points.json")["points"] if one["stage"] == stage))
 
 
 @pytest.fixture
@@ -136,36 +38,6 @@ def done(
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return Study(tmp_path, tiny_cache)
-
-
-@pytest.fixture
-def new(tmp_path: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    """The study before anything."""
-    (tmp_path / "sweeps").mkdir()
-    (tmp_path / "sweeps" / "ranks.yaml").write_text(STUDY)
-    monkeypatch.chdir(tmp_path)
-    return Study(tmp_path, tiny_cache)
-
-
-def said(answer: Answer) -> dict[tuple[str, str | None], str]:
-    """Claim and form -> decision."""
-    return {(one["claim"], one["form"]): one["decision"] for one in answer.json()["verdicts"]}
-
-
-def test_a_dry_run_says_what_would_run_and_writes_nothing(new: Study) -> None:
-    answer = new.reproduce("--dry-run", "--json")
-    assert answer.code == 0, answer.err
-    told = answer.json()
-    counts = {one["stage"]: len(one["runs"]) for one in told["stages"]}
-    assert counts == {"tuning": 6, "judged": 6, "timing": 6}
-    assert told["waiting_for_a_rate"] == 6 and told["seeds"] == [0, 1, 2]
-    assert {row["state"] for one in told["stages"] for row in one["runs"]} == {"new"}
-    assert not new.lab.root.exists()
-    text = new.reproduce("--dry-run")
-    assert "tuning: 6 runs, 0 done" in text.out and "6 judged runs wait for the rates" in text.out
-    listed = call("reproduce", "--list", "--json", f"root={new.lab.root}").json()
-    (own,) = [one for one in listed if one["name"] == "ranks"]
-    assert (own["scale"], own["claims"], own["runs"], own["verdicts"]) == ("pocket", 5, 24, {"not run": 5})
 
 
 def test_everything_runs_and_every_claim_gets_its_verdict(
@@ -355,43 +227,3 @@ def test_a_failed_run_ends_with_3_and_decides_nothing(done: Study, monkeypatch: 
         answer = done.reproduce("--json")
     assert answer.code == 3
     assert said(answer)["equal", "as_published"] == "inconclusive"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (("rank",), 'no study "rank"; did you mean "ranks"?'),
-        (("ranks", "--scale", "published"), "no published scale"),
-        (("ranks", "rank=4"), "rank: would change what the study has fixed"),
-        (("ranks", "repeat=1"), "repeat: is given by the study"),
-        (("ranks", "root=a,b"), "is a sweep"),
-        (("ranks", "--seeds", "5,x"), "expected whole numbers"),
-        (("ranks", "--seeds", "5,6,7"), "the first look is at the study's own seeds, 0, 1, 2"),
-        (("ranks", "--recorded"), "no records of ranks are kept"),
-        (("ranks", "--keep"), "has not been run under"),
-        (("ranks", "--keep", "--recorded"), "only one of --recorded, --keep"),
-        (("ranks", "--list"), "leave out ranks"),
-        ((), "a name is needed"),
-    ],
-)
-def test_what_is_refused(new: Study, arguments: tuple[str, ...], told: str) -> None:
-    answer = call("reproduce", *arguments)
-    assert answer.code == 2 and told in answer.err
-    assert not (new.folder / "lab").exists()
-
-
-def test_what_is_wrong_with_claims_is_said_before_anything_runs(new: Study) -> None:
-    new.edit("large: {rank: 8}", "large: {target: qv}")
-    new.edit("metric: heldout/loss\n    arm: large", "metric: heldot/loss\n    arm: large")
-    answer = new.reproduce()
-    assert answer.code == 2 and "target=qv picks 2 settings" in answer.err and "(claim bigger)" in answer.err
-    new.edit("large: {target: qv}", "large: {rank: 8}")
-    answer = new.reproduce()
-    assert answer.code == 2 and 'no trial of the study is scored on "heldot/loss"; did you mean "heldout"' in answer.err
-    assert not new.lab.root.exists()
-
-
-def test_a_study_with_tuned_points_is_not_a_plain_sweep(new: Study) -> None:
-    for command in ("run", "plan"):
-        answer = call(command, "-m", "study=ranks", *housekeeping(new.folder, new.cache))
-        assert answer.code == 2 and "lora-lab reproduce ranks" in answer.err
