@@ -28,6 +28,8 @@ def small(lab: Lab, arguments: list[str]) -> list[str]:
         return [*arguments, f"root='{lab.root}'"]
     if command in ("run", "plan"):
         return [command, *lab.tiny(*rest)]
+    if command == "reproduce":
+        return arguments if "--recorded" in rest else [*arguments, f"root='{lab.root}'"]
     if command == "eval":
         arguments = [argument.replace("smollm2_135m", "tiny_random") for argument in arguments]
     cache = [] if command in ("runs", "report", "compare", "wandb") else ["--cache", str(lab.cache)]
@@ -39,6 +41,8 @@ def test_every_command_works_in_the_readmes_order(lab: Lab, monkeypatch: pytest.
     listed = commands()
     assert len(listed) >= 12
     for arguments in listed:
+        if arguments[0] == "reproduce" and not any(argument.startswith("--") for argument in arguments):
+            continue  # minutes; on the tiny model in tests/journey/test_reproduce.py
         if arguments == ["fetch"] or any(argument.startswith("study=") for argument in arguments):
             continue  # by `make sweep`, the set-up, and tests/journey/test_methods_study.py
         answer = call(*small(lab, arguments))
