@@ -171,8 +171,6 @@ def _print(study: Study, scale: Scale, judged: Judged, *, as_json: bool, page: P
         json.dump(told, sys.stdout, indent=2, allow_nan=False)
         print()
         return
-    print_verdicts(study, scale, judged.verdicts, looks=len(judged.looks))
-    if len(judged.looks) > 1:
-        print(f"these verdicts are of the seeds {', '.join(map(str, judged.seeds))}")
+    print_verdicts(study, scale, judged.verdicts, seeds=judged.seeds, looks=len(judged.looks))
     if page is not None:
         print(f"page: {page}", file=sys.stderr)

@@ -14,8 +14,8 @@ from lora_lab.schema.claims import Claim, Exact, Ratio, arm_names
 from lora_lab.study.verdict import ArmScore, Verdict
 
 _LEGENDS = {
-    "differences": "Square and whisker: difference and interval. Shaded: where the whole interval must lie for the "
-    "claim to hold; dashed: its edge.",
+    "differences": "Differences: square and whisker are difference and interval; shaded is where the whole interval "
+    "must lie for the claim to hold, dashed its edge.",
     "costs": "Left what each arm cost, right the ratio with its interval; shaded: where it must lie.",
     "numbers": "Grey: published; blue: computed here.",
 }
@@ -30,7 +30,7 @@ def figure_of(claim: Claim, verdicts: Sequence[Verdict], claims: ClaimsView) -> 
     elif isinstance(claim, Ratio):
         found, legend = {"costs": cost_bars(verdicts)}, _LEGENDS["costs"]
     else:
-        found, legend = {"differences": forest_plot(verdicts), **_of_arms(claim, verdicts, claims)}, ""
+        found = {"differences": forest_plot(verdicts), **_of_arms(claim, verdicts, claims)}
         legend = _LEGENDS["differences"]
     drawn = {name: figure for name, figure in found.items() if "data" in figure}
     if not drawn:

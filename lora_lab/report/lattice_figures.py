@@ -44,6 +44,8 @@ def target_lattice(rows: Sequence[LatticeRow], *, score: str, whisker: str) -> F
         return missing_figure("no setting has a score")
     used = [part for part in PARTS if any(part in row.parts for row in rows)]
     names = [_short(row.name) for row in rows]
+    if len(set(names)) < len(names):  # two that begin alike would share a line
+        names = [escaped(clean(row.name)) for row in rows]
     scored = [(name, row) for name, row in zip(names, rows, strict=True) if row.value is not None]
     data: list[dict[str, Any]] = [
         _dots(rows, names, used, adapted=False),
@@ -68,7 +70,14 @@ def target_lattice(rows: Sequence[LatticeRow], *, score: str, whisker: str) -> F
         "data": data,
         "layout": {
             "height": _FRAME_PIXELS + _ROW_PIXELS * len(rows),
-            "xaxis": {"domain": [0, 0.42], "type": "category", "side": "top", "showgrid": False},
+            "xaxis": {
+                "domain": [0, 0.42],
+                "type": "category",
+                "side": "top",
+                "showgrid": False,
+                "categoryorder": "array",
+                "categoryarray": used,
+            },
             "xaxis2": {
                 "domain": [0.5, 1],
                 "anchor": "y",

@@ -18,6 +18,7 @@ from lora_lab.report.page_layers import routing_view
 from lora_lab.report.page_ranking import ranking_view
 from lora_lab.report.page_runs import run_blocks, run_columns, run_notes, run_rows
 from lora_lab.report.page_settings import settings_data, table_view
+from lora_lab.report.page_targets import target_families
 from lora_lab.report.page_words import METHOD, effects_view, facts, sections
 from lora_lab.report.self_contained import rendered
 from lora_lab.report.sentence import answer_sentence
@@ -57,7 +58,7 @@ def draw_page(subject: Subject, findings: Findings, *, folder: Path) -> str:
     primary = table.columns[0].name if table.columns else None
     study = None if subject.planned is None else subject.title
     alone = alone_sentences(table.not_alone, study=study, root=subject.ledger)
-    drawn = families(findings, alone)
+    drawn = [*families(findings, alone), *target_families(findings)]
     claims = claims_page(subject.claims, run_links(subject.claims, folders, _link(subject.ledger / "runs", folder)))
     of_claims = () if claims is None else claims.figures
     figures = {f"figures-{family.id}": family.figures for family in (*drawn, *of_claims)}

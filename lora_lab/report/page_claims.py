@@ -95,6 +95,7 @@ def _card(
         "figure": None if figure is None else figure.to_view(),
         "published": [_published(one) for one in claim.published],
         "arms": arm_rows(verdicts, claims.records, links),
+        "counted": "repeats" if any(verdict.unit == "ratio of times" for verdict in verdicts) else "seeds",
         "has_forms": any(verdict.form is not None for verdict in verdicts),
         "rule": clean(rule_text(claim, claims.study)),
         "forms": forms_text(claim),

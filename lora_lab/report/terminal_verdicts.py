@@ -20,11 +20,17 @@ _STYLES: Mapping[str, str] = {"holds": "green", "fails": "red", "inconclusive": 
 
 
 def print_verdicts(
-    study: Study, scale: Scale, verdicts: Sequence[Verdict], *, looks: int = 1, stream: TextIO | None = None
+    study: Study,
+    scale: Scale,
+    verdicts: Sequence[Verdict],
+    *,
+    seeds: Sequence[int] = (),
+    looks: int = 1,
+    stream: TextIO | None = None,
 ) -> None:
     """The statement and the sentence of every claim, what would decide it, and how often each word was said.
 
-    looks: how many sets of seeds were looked at, of which these verdicts are about one.
+    looks: how many sets of seeds were looked at; these verdicts are of `seeds`.
     """
     console = console_for(stream)
     statements = {claim.id: claim.statement for claim in study.claims}
@@ -42,7 +48,8 @@ def print_verdicts(
     told = ", ".join(f"{count} {word}" for word, count in counts.items())
     print_line(console, f"{name} ({scale}): {told}")
     if looks > 1:
-        print_line(console, f"{looks} looks were taken at this study; each is judged on its own seeds")
+        shown = ", ".join(map(str, seeds))
+        print_line(console, f"{looks} looks were taken at this study; these verdicts are of the seeds {shown}")
 
 
 def _print_verdict(console: Console, verdict: Verdict) -> None:

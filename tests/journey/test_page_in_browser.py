@@ -11,6 +11,7 @@ import pytest
 from lora_lab.app.cli import main
 from lora_lab.report.memory_page import write_memory_page
 from tests.browser import BROWSER
+from tests.claims_ledger import CLAIMS, fill_claims
 from tests.page_ledger import HOSTILE, add_cohort, add_routed_run, add_run, fill, fill_hostile
 from tests.tiers import mostly_slow
 from tests.unit.ledger_samples import trial_of
@@ -60,6 +61,20 @@ def test_every_figure_is_drawn_and_nothing_is_complained_of(page: Path, width: i
     plots = [element for element in document.all("div") if "js-plotly-plot" in str(element.get("class"))]
     assert len(plots) == 4, "curves, cost, two axes, memory"
     assert document.text.count("learning_rate") >= 2
+
+
+@pytest.mark.parametrize("width", [1400, 500])
+def test_claims_are_drawn(tmp_path: Path, width: int) -> None:
+    fill_claims(tmp_path)
+    assert main(["report", "crafted", "--root", str(tmp_path)]) == 0
+    document, console = opened(tmp_path / "studies" / "crafted" / "report.html", width=width)
+    assert console == ""
+    cards = [one for one in document.all("section") if str(one.get("class")).startswith("claim")]
+    assert len(cards) == len(CLAIMS)
+    plots = [one for one in document.all("div") if "js-plotly-plot" in str(one.get("class"))]
+    drawn = {str(one.get("aria-label")) for one in plots}
+    assert "Figure of all_layers_better" in drawn, "the first is in view, others are drawn when they come into it"
+    assert "Known differences from the source" in document.text
 
 
 def test_the_page_of_a_run(page: Path) -> None:

@@ -21,7 +21,7 @@ CONTENT = {
     "seeds": [0, 1],
     "grids": [{"rank": [2, 4], "zip": {"alpha": ["2r", 8], "dropout": [0.0, 0.1]}}, {"method": ["full"]}],
     "metrics": ["heldout/loss"],
-    "claims": [{"statement": "s", "at_least": 0.1}],
+    "claims": [{"id": "s", "statement": "s", "rule": "not_runnable", "reason": "r"}],
 }
 
 

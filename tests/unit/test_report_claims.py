@@ -135,6 +135,21 @@ def test_arms_on_two_axes_make_a_heat_map_and_targets_a_lattice(root: Path) -> N
     assert dict(zip(score["y"], score["x"], strict=True)) == scores
 
 
+def test_the_page_has_a_lattice_of_all_settings(root: Path) -> None:
+    figure = page_of(root).blocks["figures-targets"]["heldout/loss"]
+    assert figure["layout"]["xaxis"]["categoryarray"] == ["query", "key", "value", "projection", "mlp"]
+    _, full, score = figure["data"]
+    assert score["x"] == sorted(score["x"]) and len(score["x"]) == 8, "two forms of four arms, the lowest loss first"
+    best = score["y"][0]
+    assert {x for x, y in zip(full["x"], full["y"], strict=True) if y == best} == {
+        "query",
+        "key",
+        "value",
+        "projection",
+        "mlp",
+    }
+
+
 def test_costs_are_bars_with_their_ratio(root: Path) -> None:
     figure = page_of(root).blocks["figures-claim-slower"][""]
     bars, ratio = figure["data"]

@@ -14,7 +14,7 @@ def test_all_of_every_verdict_is_printed_whole_in_a_pipe(tmp_path: Path) -> None
     study = fill_claims(tmp_path)
     verdicts = judge_folder(tmp_path, "crafted", study, "pocket").verdicts
     stream = io.StringIO()
-    print_verdicts(study, "pocket", verdicts, looks=2, stream=stream)
+    print_verdicts(study, "pocket", verdicts, seeds=[0, 1, 2, 3, 4], looks=2, stream=stream)
     lines = stream.getvalue().splitlines()
     for verdict in verdicts:
         assert any(line.endswith(verdict.sentence) for line in lines)
@@ -24,7 +24,7 @@ def test_all_of_every_verdict_is_printed_whole_in_a_pipe(tmp_path: Path) -> None
     )
     assert [line for line in lines if line.startswith("  rate tuned: ")]
     assert lines[-2].startswith("crafted (pocket): 4 same direction")
-    assert lines[-1].startswith("2 looks were taken")
+    assert lines[-1] == "2 looks were taken at this study; these verdicts are of the seeds 0, 1, 2, 3, 4"
     assert "\x1b" not in stream.getvalue()
 
 
