@@ -27,9 +27,9 @@ def picks_of(design: Design, stage: StagePlan, root: Path) -> tuple[Pick, ...]:
     scores: dict[tuple[SettingKey, float], list[float | None]] = {}
     waits: set[SettingKey] = set()
     higher = False
-    for point, (fingerprint, repeat) in zip(stage.points, stage.trials, strict=True):
+    for point, row in zip(stage.points, stage.rows, strict=True):
         assert point.rate is not None
-        key, record = setting_key(point.values), ledger.find(fingerprint, repeat)
+        key, record = setting_key(point.values), ledger.find(row.fingerprint, row.repeat)
         if record is None or record.result is None or not record.is_done:
             waits.add(key)
             continue

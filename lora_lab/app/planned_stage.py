@@ -33,8 +33,7 @@ def planned_arms(study: Study, scale: Scale) -> dict[Scale, dict[str, set[str]]]
     asked: dict[Scale, dict[str, set[str]]] = {}
     for claim in claims_judged(study, scale):
         if isinstance(claim, Exact):
-            has_published = study.published is not None and "published" in claim.scales
-            arms = asked.setdefault("published" if has_published else "pocket", {})
+            arms = asked.setdefault(study.planned_scale(claim), {})
             for term in claim.formula.terms:
                 if term.function == "planned" and term.arm is not None:
                     arms.setdefault(term.arm, set()).add(term.name)
@@ -53,8 +52,7 @@ def planned_stage(call: StudyCall) -> tuple[list[StudyPoint], dict[str, PlannedF
         at_scale = dataclasses.replace(call, scale=scale, shown=shown_study(call.study, scale))
         stage = plan_points(at_scale, planned_points(at_scale.design, arms), needs_weights=False)
         points += stage.study_points()
-        rows = stage.plan.rows[len(stage.plan.rows) - len(stage.points) :]
-        for names, row, run_id in zip(arms.values(), rows, stage.run_ids, strict=True):
+        for names, row, run_id in zip(arms.values(), stage.rows, stage.run_ids, strict=True):
             known = facts.get(run_id)
             found = _facts_of(row, stage.plan, names, scale)
             facts[run_id] = found if known is None else _joined(known, found)

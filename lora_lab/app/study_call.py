@@ -20,6 +20,7 @@ from lora_lab.app.locations import sweep_folders
 from lora_lab.app.planning import Plan, make_plan
 from lora_lab.app.request import Request
 from lora_lab.errors import InputError, Problem
+from lora_lab.plan.row import PlanRow
 from lora_lab.plan.shown_study import shown_study
 from lora_lab.plan.stages import StagePoint
 from lora_lab.plan.study_file import find_study, read_study_with_places, value_key
@@ -64,17 +65,20 @@ class StudyCall:
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """The plan of points, and for each of them, in their order, the run that it becomes."""
+    """Points and their plan, which may have the untouched bases in front."""
 
     points: tuple[StagePoint, ...]
-    run_ids: tuple[str, ...]
     plan: Plan
 
     @property
-    def trials(self) -> list[tuple[str, int]]:
-        """Fingerprint and repeat of each point's run."""
-        rows = self.plan.rows[len(self.plan.rows) - len(self.points) :]
-        return [(row.fingerprint, row.repeat) for row in rows]
+    def rows(self) -> tuple[PlanRow, ...]:
+        """What is known of each point's run, in their order."""
+        return self.plan.rows[len(self.plan.rows) - len(self.points) :]
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        """The run that each point becomes."""
+        return tuple(run_id_of(row.fingerprint, row.repeat) for row in self.rows)
 
     def study_points(self) -> list[StudyPoint]:
         """As `points.json` keeps them."""
@@ -147,6 +151,4 @@ def plan_points(
         found = {key: places[known] for key, value in point.trial.items() if (known := value_key(key, value)) in places}
         composed.append(dataclasses.replace(call.composer.attempt(own, under=point.trial), places=found))
     plan = make_plan(Request(tuple(composed), asked, (), places, needs_weights=needs_weights))
-    rows = plan.rows[len(plan.rows) - len(points) :]
-    run_ids = tuple(run_id_of(row.fingerprint, row.repeat) for row in rows)
-    return StagePlan(tuple(points), run_ids, dataclasses.replace(plan, study=call.shown))
+    return StagePlan(tuple(points), dataclasses.replace(plan, study=call.shown))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
 
 from lora_lab.app.locations import sweep_folders
 from lora_lab.app.study_verdicts import judge_folder
@@ -16,16 +15,13 @@ from lora_lab.errors import InputError, LabError
 from lora_lab.plan.shown_study import folder_name
 from lora_lab.plan.study_file import read_study
 from lora_lab.record.kept_records import FOLDER
-from lora_lab.record.ledger import Ledger
-from lora_lab.record.result import Result
 from lora_lab.record.study_folder import study_folder
-from lora_lab.record.study_points import read_points
 from lora_lab.record.verdicts import read_verdicts
 from lora_lab.report.grid import Column, Grid, console_for, print_grid, print_line
 from lora_lab.report.text import seconds_text
 from lora_lab.schema.claims import Scale
 from lora_lab.schema.study import Study
-from lora_lab.study.study_cost import busy_seconds, count_runs
+from lora_lab.study.study_cost import busy_seconds, count_runs, results_of
 
 NOT_RUN = "not run"
 
@@ -63,8 +59,7 @@ def list_studies(root: Path, *, as_json: bool) -> int:
         except InputError as error:
             problems += map(str, error.problems)
             continue
-        scales: Iterable[Scale] = [one for one in get_args(Scale) if one == "pocket" or study.published is not None]
-        listed += [_listed(study, scale, root, path.parent / FOLDER) for scale in scales]
+        listed += [_listed(study, scale, root, path.parent / FOLDER) for scale in study.scales]
     if as_json:
         json.dump([asdict(one) for one in listed], sys.stdout, indent=2)
         print()
@@ -100,7 +95,7 @@ def _listed(study: Study, scale: Scale, root: Path, records: Path) -> ListedStud
         except LabError as error:
             said, problem = {}, str(error.problems[0])
         break
-    results = _results(place, name) if judged is not None else []
+    results = results_of(place, name) if judged is not None else []
     return ListedStudy(
         name=study.name,
         scale=scale,
@@ -115,12 +110,6 @@ def _listed(study: Study, scale: Scale, root: Path, records: Path) -> ListedStud
         judged=judged,
         problem=problem,
     )
-
-
-def _results(root: Path, name: str) -> list[Result]:
-    ledger = Ledger(root)
-    wanted = {point.run_id for point in read_points(study_folder(root, name)) if point.stage != "planned"}
-    return [record.result for record in ledger.runs() if record.run_id in wanted and record.result is not None]
 
 
 def _print(listed: Sequence[ListedStudy]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +100,14 @@ def _timing(call: StudyCall, rates: Rates, judged: StagePlan | None) -> StagePla
         first = min(map(_repeat, kept))
     else:
         taken = {record.run_id for record in Ledger(call.root).runs()} | set(judged.run_ids if judged else ())
-        prints = {fingerprint for fingerprint, _ in planned.trials}
+        prints = {row.fingerprint for row in planned.rows}
         repeats = {point.repeat for point in points}
         first = 0
         while any(run_id_of(one, first + repeat) in taken for one in prints for repeat in repeats):
             first += 1
     if first == 0:
         return planned
-    return plan_points(call, [replace(one, repeat=one.repeat + first) for one in points], for_the_clock=True)
+    return plan_points(call, timing_points(call.design, rates, first_repeat=first), for_the_clock=True)
 
 
 def _repeat(run_id: str) -> int:

@@ -19,6 +19,12 @@ def file_name(folder: str, scale: Scale) -> str:
     return folder if scale == "pocket" else folder.removesuffix(_PUBLISHED)
 
 
+def reproduce_command(folder: str, scale: Scale) -> str:
+    """How a study is run at a scale. folder: its folder's name, or that of its file."""
+    flag = "" if scale == "pocket" else f" --scale {scale}"
+    return f"lora-lab reproduce {file_name(folder, scale)}{flag}"
+
+
 def shown_study(study: Study, scale: Scale) -> Study:
     """The study with the design of a scale at its top level; the published one has a name of its own.
 

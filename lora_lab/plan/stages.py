@@ -6,7 +6,7 @@ Pure: from a design and the learning rates that tuning picked to flat mappings o
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from lora_lab.errors import InputError, Problem, nearest
 from lora_lab.plan.expand import expand
 from lora_lab.schema.design import RATE, TUNED, Design, Tuning, Value
 
+# tuning: runs that rates are picked by. judged: those that claims are judged by. timing: those for the clock.
+# planned: never run; what is known of them before.
 Stage = Literal["tuning", "judged", "timing", "planned"]
 SEED = "seed"
 
@@ -73,7 +75,7 @@ def tuning_points(design: Design) -> list[StagePoint]:
         return []
     tuning = design.tuning
     points = []
-    for values in _settings(design):
+    for values in settings_of(design):
         if not is_tuned(values):
             continue
         for rate in rates_of(tuning, values):
@@ -92,7 +94,7 @@ def rates_of(tuning: Tuning, values: Mapping[str, Value]) -> tuple[float, ...]:
     for entry in tuning.rates:
         if fits(values, entry.when):
             return entry.values
-    told = ", ".join(f"{key}={value}" for key, value in values.items() if key not in (SEED, RATE))
+    told = told_values({key: value for key, value in values.items() if key not in (SEED, RATE)})
     raise InputError(Problem("tuning.rates", f"no entry fits {told}; an entry without `when` fits every setting"))
 
 
@@ -106,7 +108,7 @@ def pick_rates(
     if design.tuning is None:
         return []
     picks = []
-    for values in _settings(design):
+    for values in settings_of(design):
         if is_tuned(values):
             key, rates = setting_key(values), rates_of(design.tuning, values)
             tried = [(rate, _mean(scores.get((key, rate), ()), len(design.tuning.seeds))) for rate in rates]
@@ -200,16 +202,16 @@ def arm_setting(design: Design, name: str, *, where: str) -> Mapping[str, Value]
     """
     if name not in design.arms:
         raise InputError(Problem(where, f'no arm "{name}"' + nearest(name, list(design.arms))))
-    found = [values for values in _settings(design) if fits(values, design.arms[name])]
+    found = [values for values in settings_of(design) if fits(values, design.arms[name])]
     fixed = [values for values in found if not is_tuned(values)]
     chosen = fixed or found
     if len(chosen) == 1:
         return chosen[0]
-    asked = _told(design.arms[name])
+    asked = told_values(design.arms[name])
     if not chosen:
         raise InputError(Problem(f"arms.{name}", f"no setting of the grids has {asked}"))
     varying = [key for key in chosen[0] if len({setting_key({key: one.get(key)}) for one in chosen}) > 1]
-    told = "; ".join(_told({key: one.get(key) for key in varying}) for one in chosen)
+    told = "; ".join(told_values({key: one.get(key) for key in varying}) for one in chosen)
     raise InputError(Problem(f"arms.{name}", f"{asked} picks {len(chosen)} settings ({told}); an arm is one"))
 
 
@@ -219,16 +221,17 @@ def fits(values: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return all(key in first and first[key] == value for key, value in second.items())
 
 
-def _told(values: Mapping[str, Any]) -> str:
+def told_values(values: Mapping[str, Any]) -> str:
+    """Values as on the command line."""
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
-def _settings(design: Design) -> Iterator[dict[str, Value]]:
+def settings_of(design: Design) -> list[dict[str, Value]]:
     """Every setting of the grids once, without a seed."""
     seen: dict[SettingKey, dict[str, Value]] = {}
     for values in expand(design):
         seen.setdefault(setting_key(values), {key: value for key, value in values.items() if key != SEED})
-    return iter(seen.values())
+    return list(seen.values())
 
 
 def _first(design: Design, values: Mapping[str, Value], stage: Stage, base: Mapping[str, Value]) -> StagePoint:

@@ -41,9 +41,10 @@ class Registration:
 def content_of(study: Study, scale: Scale) -> dict[str, Any]:
     """What is fixed before running, as JSON values."""
     content = {"design": _design(study.design(scale)), "claims": {one.id: _criterion(one) for one in study.claims}}
-    if scale == "pocket" and study.published is not None and any(map(_asks_for_plans, study.claims)):
+    plans = {study.planned_scale(claim) for claim in study.claims if _asks_for_plans(claim)}
+    if scale == "pocket" and "published" in plans:
         # What is counted before a run is counted of the published set-up, at either scale.
-        content["published"] = _design(study.published)
+        content["published"] = _design(study.design("published"))
     return content
 
 
@@ -52,9 +53,7 @@ def _design(design: Design) -> dict[str, Any]:
 
 
 def _asks_for_plans(claim: Claim) -> bool:
-    if not isinstance(claim, Exact) or "published" not in claim.scales:
-        return False
-    return any(term.function == "planned" for term in claim.formula.terms)
+    return isinstance(claim, Exact) and any(term.function == "planned" for term in claim.formula.terms)
 
 
 def digest_of(content: Mapping[str, Any]) -> str:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_lab.errors import DataError, Problem
+from lora_lab.plan.stages import Stage
 from lora_lab.record.atomic import read_json, write_json
 
 _POINTS_FILE = "points.json"
-
-# tuning: runs that rates are picked by. judged: those that claims are judged by. timing: those for the clock.
-# planned: never run; what is known of them before.
-Stage = Literal["tuning", "judged", "timing", "planned"]
 
 
 @dataclass(frozen=True, slots=True)

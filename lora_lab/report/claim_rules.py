@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from lora_lab.schema.claims import (
     BestOf,
     Claim,
@@ -19,7 +17,7 @@ from lora_lab.schema.claims import (
 from lora_lab.schema.study import Study
 from lora_lab.study.decisions import confidence_of
 from lora_lab.study.judge import claims_judged, family_size, forms_of
-from lora_lab.study.verdict_words import percent
+from lora_lab.study.verdict_words import mean_of, percent
 
 _DIRECTIONS = {"higher": "above", "lower": "below"}
 _INTERVALS = {
@@ -46,11 +44,11 @@ def _comparison(claim: Superiority | Equality | Monotone | BestOf | Ratio) -> st
     if isinstance(claim, Ratio):
         return f"{claim.measure} of {claim.arm} / that of {claim.against} is {_region(claim.low, claim.high)}"
     if isinstance(claim, Equality):
-        sides = f"{_mean(claim.arm)} and of {_mean(claim.against)}"
+        sides = f"{mean_of(claim.arm)} and of {mean_of(claim.against)}"
         return f"{claim.metric} of {sides} differ by less than {claim.margin:g}"
     more = f" by more than {claim.smallest_difference:g}" if claim.smallest_difference else ""
     if isinstance(claim, Superiority):
-        sides = f"{_mean(claim.arm)} is {_DIRECTIONS[claim.claimed]} that of {_mean(claim.against)}"
+        sides = f"{mean_of(claim.arm)} is {_DIRECTIONS[claim.claimed]} that of {mean_of(claim.against)}"
         return f"{claim.metric} of {sides}{more}"
     if isinstance(claim, Monotone):
         verb = "rises" if claim.claimed == "higher" else "falls"
@@ -58,10 +56,6 @@ def _comparison(claim: Superiority | Equality | Monotone | BestOf | Ratio) -> st
         return f"{claim.metric} {verb} along {along}, with no clear step back"
     others = ", ".join(name for name in claim.arms if name != claim.best)
     return f"{claim.metric} of none of {others} is {_DIRECTIONS[claim.claimed]} that of {claim.best}{more}"
-
-
-def _mean(arms: Sequence[str]) -> str:
-    return arms[0] if len(arms) == 1 else f"the mean of {', '.join(arms)}"
 
 
 def _region(low: float | None, high: float | None) -> str:
@@ -79,11 +73,7 @@ def plain(value: float) -> str:
 
 def _interval(claim: Superiority | Equality | Monotone | BestOf | Ratio, study: Study) -> str:
     """The whole interval beyond the edge: at which confidence, and why."""
-    sizes = {
-        family_size(claim, claims_judged(study, scale))
-        for scale in claim.scales
-        if scale == "pocket" or study.published is not None
-    }
+    sizes = {family_size(claim, claims_judged(study, scale)) for scale in claim.scales if scale in study.scales}
     told = " or ".join(percent(confidence_of(claim.rule, size)) for size in sorted(sizes or {1}))
     family = f", one of {' or '.join(map(str, sorted(sizes)))} of the family {claim.family}" if claim.family else ""
     return f"{told} {_INTERVALS[claim.rule]}{family}"

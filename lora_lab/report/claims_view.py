@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lora_lab.plan.shown_study import file_name
+from lora_lab.plan.shown_study import reproduce_command
 from lora_lab.record.registration import Registration
 from lora_lab.record.run_record import RunRecord
 from lora_lab.record.verdicts import Look
@@ -36,8 +36,7 @@ class ClaimsView:
     @property
     def command(self) -> str:
         """How the study is run again."""
-        scale = "" if self.scale == "pocket" else f" --scale {self.scale}"
-        return f"lora-lab reproduce {file_name(self.study.name, self.scale)}{scale}"
+        return reproduce_command(self.study.name, self.scale)
 
 
 def form_text(form: Form | None) -> str:

@@ -172,21 +172,36 @@ def heat_map(table: SettingsTable, axes: SweptAxes, column: MetricColumn, x: str
     cells = [[groups.get((a, b), []) for a in xs] for b in ys]
     means = [[statistics.fmean(cell) if cell else None for cell in line] for line in cells]
     texts = [[_heat_text(cell) for cell in line] for line in cells]
+    return heat_figure((x, xs), (y, ys), means, texts, unit=column.unit, lower_is_better=not column.higher_is_better)
+
+
+def heat_figure(
+    across: tuple[str, Sequence[str]],
+    down: tuple[str, Sequence[str]],
+    scores: Sequence[Sequence[float | None]],
+    texts: Sequence[Sequence[str]],
+    *,
+    unit: str,
+    lower_is_better: bool,
+) -> Figure:
+    """A field per pair of values. across, down: an axis's name and its values; scores, texts: a line per value of
+    `down`; texts may hold markup."""
+    (x, xs), (y, ys) = across, down
     return {
         "data": [
             {
                 "type": "heatmap",
                 "x": [escaped(clean(a)) for a in xs],
                 "y": [escaped(clean(b)) for b in ys],
-                "z": means,
+                "z": scores,
                 "text": texts,
                 "texttemplate": "%{text}",
                 "hovertemplate": f"{escaped(x)} %{{x}}<br>{escaped(y)} %{{y}}<br>%{{z:.4g}}<extra></extra>",
                 "colorscale": "Cividis",
-                "reversescale": not column.higher_is_better,
+                "reversescale": lower_is_better,
                 "xgap": 2,
                 "ygap": 2,
-                "colorbar": {"title": {"text": escaped(clean(column.unit))}, "thickness": 12},
+                "colorbar": {"title": {"text": escaped(clean(unit))}, "thickness": 12},
             }
         ],
         "layout": {

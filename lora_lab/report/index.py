@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_lab.errors import LabError
-from lora_lab.plan.shown_study import folder_name
+from lora_lab.plan.shown_study import folder_name, reproduce_command
 from lora_lab.plan.study_file import read_study
 from lora_lab.record.atomic import write_text
 from lora_lab.record.kept_records import FOLDER
-from lora_lab.record.ledger import Ledger
 from lora_lab.record.registration import check_unchanged, read_registration
-from lora_lab.record.result import Result
 from lora_lab.record.study_folder import study_folder
-from lora_lab.record.study_points import read_points
 from lora_lab.record.verdicts import VerdictsFile, read_verdicts
 from lora_lab.report.claim_rules import link_of, rule_text
 from lora_lab.report.claims_view import form_text
@@ -29,7 +26,7 @@ from lora_lab.report.text import clean, seconds_text
 from lora_lab.schema.claims import Claim, Conjunction, NotRunnable, Scale
 from lora_lab.schema.study import Study
 from lora_lab.study.judge import claims_judged, forms_of
-from lora_lab.study.study_cost import busy_seconds, count_runs
+from lora_lab.study.study_cost import busy_seconds, count_runs, results_of
 from lora_lab.study.verdict import Verdict, verdict_from_json
 
 NOT_RUN = "not run"
@@ -68,13 +65,13 @@ def render_index(folder: Path) -> str:
     """
     studies = [read_study(path) for path in sorted(folder.glob("*.yaml"))]
     recorded = {
-        (study.name, scale): recorded_of(folder / FOLDER, study, scale) for study in studies for scale in _scales(study)
+        (study.name, scale): recorded_of(folder / FOLDER, study, scale) for study in studies for scale in study.scales
     }
-    rows = [_overview_row(study, scale, recorded[study.name, scale]) for study in studies for scale in _scales(study)]
+    rows = [_overview_row(study, scale, recorded[study.name, scale]) for study in studies for scale in study.scales]
     table = _table(("study", "scale", "claims", "verdicts", "runs", "took"), rows)
     parts = [_HEAD, table]
     for study in studies:
-        parts.append("\n".join(_study_lines(study, {scale: recorded[study.name, scale] for scale in _scales(study)})))
+        parts.append("\n".join(_study_lines(study, {scale: recorded[study.name, scale] for scale in study.scales})))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -84,11 +81,12 @@ def recorded_of(records: Path, study: Study, scale: Scale) -> Recorded:
     Raises:
         DataError: a file is damaged.
     """
-    folder = study_folder(records, folder_name(study.name, scale))
+    name = folder_name(study.name, scale)
+    folder = study_folder(records, name)
     known, registration = read_verdicts(folder), read_registration(folder)
     if known is None or known.newest is None or registration is None:
         return _NOTHING
-    results = _results(records, folder)
+    results = results_of(records, name)
     runs, seconds = len(results), busy_seconds(results) if results else None
     problem = None
     if registration.digest != known.registration:
@@ -108,15 +106,6 @@ def _by_claim(known: VerdictsFile) -> dict[str, tuple[Verdict, ...]]:
         verdict = verdict_from_json(values)
         found[verdict.claim] = (*found.get(verdict.claim, ()), verdict)
     return found
-
-
-def _results(records: Path, folder: Path) -> list[Result]:
-    wanted = {point.run_id for point in read_points(folder) if point.stage != "planned"}
-    return [one.result for one in Ledger(records).runs() if one.run_id in wanted and one.result is not None]
-
-
-def _scales(study: Study) -> tuple[Scale, ...]:
-    return ("pocket",) if study.published is None else ("pocket", "published")
 
 
 def _overview_row(study: Study, scale: Scale, recorded: Recorded) -> tuple[str, ...]:
@@ -152,15 +141,14 @@ def _study_lines(study: Study, recorded: Mapping[Scale, Recorded]) -> Iterator[s
 
 
 def _cost_line(study: Study, scale: Scale, found: Recorded) -> str:
-    command = "run -m study=" if not study.claims else "reproduce "
-    flag = "" if scale == "pocket" else f" --scale {scale}"
+    command = reproduce_command(study.name, scale) if study.claims else f"lora-lab run -m study={study.name}"
     runs = count_runs(study.design(scale))
     told = f"{runs} run{'' if runs == 1 else 's'}"
     if found.seconds is not None:
         told += f"; the {found.runs} recorded ones took {seconds_text(found.seconds)}"
     looks = f"; {found.looks} looks" if found.looks > 1 else ""
     problem = f"; {found.problem}" if found.problem else ""
-    return f"{scale.capitalize()}: `lora-lab {command}{study.name}{flag}`, {told}{looks}{problem}."
+    return f"{scale.capitalize()}: `{command}`, {told}{looks}{problem}."
 
 
 def _claim_row(claim: Claim, study: Study, recorded: Mapping[Scale, Recorded]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lab.report.figures import Figure, escaped, missing_figure
+from lora_lab.report.figures import Figure, escaped, heat_figure, missing_figure
 from lora_lab.report.page_settings import BASE_COLOUR, PALETTE
 from lora_lab.report.text import clean, number_text, value_text
 from lora_lab.schema.adaptation import PARTS
@@ -145,29 +145,8 @@ def arm_map(
     cells = {(value_text(values.get(across)), value_text(values.get(down))): name for name, values in arms.items()}
     z = [[scores.get(cells.get((x, y), "")) for x in xs] for y in ys]
     texts = [[_cell_text(cells.get((x, y)), scores) for x in xs] for y in ys]
-    return {
-        "data": [
-            {
-                "type": "heatmap",
-                "x": [escaped(clean(x)) for x in xs],
-                "y": [escaped(clean(y)) for y in ys],
-                "z": z,
-                "text": texts,
-                "texttemplate": "%{text}",
-                "hovertemplate": f"{escaped(across)} %{{x}}<br>{escaped(down)} %{{y}}<br>%{{z:.4g}}<extra></extra>",
-                "colorscale": "Cividis",
-                "reversescale": lower_is_better,
-                "xgap": 2,
-                "ygap": 2,
-                "colorbar": {"title": {"text": escaped(clean(unit))}, "thickness": 12},
-            }
-        ],
-        "layout": {
-            "height": _FRAME_PIXELS + 48 * len(ys),
-            "xaxis": {"title": {"text": escaped(across)}, "type": "category"},
-            "yaxis": {"title": {"text": escaped(down)}, "type": "category"},
-        },
-    }
+    drawn = heat_figure((across, xs), (down, ys), z, texts, unit=unit, lower_is_better=lower_is_better)
+    return {**drawn, "layout": {**drawn["layout"], "height": _FRAME_PIXELS + 48 * len(ys)}}
 
 
 def _ordered(values: Sequence[object]) -> list[str]:

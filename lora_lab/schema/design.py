@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from lora_lab.schema.section import Count, Names, Positive, Section, Seed, Text
+from lora_lab.schema.section import Count, Names, Positive, Section, Seed, Text, as_tuple
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_-]+)*")
 _ZIP = "zip"
@@ -17,16 +17,12 @@ Scalar = bool | int | float | str | None
 Value = Scalar | tuple[Scalar, ...]
 
 
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _value(value: object) -> object:
     if isinstance(value, Mapping):
         raise ValueError("expected a value or a list of values, got a mapping; write nested keys with dots: a.b: 1")
     if isinstance(value, (list, tuple)) and any(isinstance(item, (list, tuple, Mapping)) for item in value):
         raise ValueError("a list that is one value may hold only text, numbers, true, false and null")
-    return _as_tuple(value)
+    return as_tuple(value)
 
 
 def _check_keys(mapping: object) -> object:
@@ -43,7 +39,7 @@ def _axis(value: object) -> object:
         raise ValueError(f"expected a list of values for this axis, such as [8, 16]; got {shown} without brackets")
     if not value:
         raise ValueError("the axis has no values, so the sweep would have no points")
-    return _as_tuple(value)
+    return as_tuple(value)
 
 
 Values = Annotated[dict[str, Annotated[Value, BeforeValidator(_value)]], BeforeValidator(_check_keys)]
@@ -57,7 +53,7 @@ class Grid(Section):
     Written in a study file as `{rank: [2, 8], zip: {alpha: [1, 2], dropout: [0.0, 0.1]}}`; their order is kept.
     """
 
-    dimensions: Annotated[tuple[Axes, ...], BeforeValidator(_as_tuple)]
+    dimensions: Annotated[tuple[Axes, ...], BeforeValidator(as_tuple)]
 
     @model_validator(mode="before")
     @classmethod
@@ -86,8 +82,8 @@ class Grid(Section):
 TUNED = "tuned"
 RATE = "learning_rate"
 
-_Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_as_tuple)]
-_Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=3)]
+_Seeds = Annotated[tuple[Seed, ...], BeforeValidator(as_tuple)]
+_Rates = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple), Field(min_length=3)]
 
 
 def _check_arm(name: str) -> str:
@@ -122,7 +118,7 @@ class Tuning(Section):
     metric: Text
     seeds: Annotated[_Seeds, Field(min_length=1)]
     base: Values = Field(default_factory=dict)
-    rates: Annotated[tuple[Rates, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    rates: Annotated[tuple[Rates, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
     @model_validator(mode="after")
     def _equally_long(self) -> Tuning:
@@ -156,7 +152,7 @@ class Design(Section):
     base: Values = Field(default_factory=dict)
     baseline: bool = False
     seeds: _Seeds = ()
-    grids: Annotated[tuple[Grid, ...], BeforeValidator(_as_tuple)]
+    grids: Annotated[tuple[Grid, ...], BeforeValidator(as_tuple)]
     metrics: Names = ()
     arms: dict[Arm, Values] = Field(default_factory=dict)
     tuning: Tuning | None = None

@@ -73,6 +73,16 @@ class Study(Design):
             raise InputError(Problem("--scale", f"the study {self.name} has no published scale, only pocket"))
         return self.published
 
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """The scales that it has a design for."""
+        return ("pocket",) if self.published is None else ("pocket", "published")
+
+    def planned_scale(self, claim: Claim) -> Scale:
+        """Whose design the planned quantities of a claim belong to, whichever scale is judged: the published one, where
+        the study has it and the claim is made there."""
+        return "published" if self.published is not None and "published" in claim.scales else "pocket"
+
     def claims_at(self, scale: Scale) -> tuple[Claim, ...]:
         """The claims that are judged at this scale."""
         return tuple(claim for claim in self.claims if scale in claim.scales)
@@ -87,8 +97,7 @@ def _claim_problems(study: Study) -> Iterator[str]:
 
 
 def _problems_of_claim(claim: Claim, study: Study, ids: list[str]) -> Iterator[str]:
-    scales = [scale for scale in claim.scales if scale == "pocket" or study.published is not None]
-    for scale in scales:
+    for scale in (scale for scale in claim.scales if scale in study.scales):
         arms = list(study.design(scale).arms)
         for name in arm_names(claim):
             if name not in arms:

@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import Any
 
 from lora_lab.errors import InputError, Problem, nearest
-from lora_lab.plan.expand import expand
-from lora_lab.plan.stages import SEED, fits, is_tuned, setting_key
+from lora_lab.plan.shown_study import reproduce_command
+from lora_lab.plan.stages import SEED, Stage, fits, is_tuned, setting_key, settings_of, told_values
 from lora_lab.record.result import Result, Status
 from lora_lab.record.run_record import RunRecord
-from lora_lab.record.study_points import Stage, StudyPoint
+from lora_lab.record.study_points import StudyPoint
 from lora_lab.schema.claims import Form, Scale
 from lora_lab.schema.design import RATE, Design
 from lora_lab.schema.study import Study
@@ -47,8 +47,7 @@ class Evidence:
     @property
     def command(self) -> str:
         """How what is missing is run."""
-        scale = "" if self.scale == "pocket" else f" --scale {self.scale}"
-        return f"lora-lab reproduce {self.study.name}{scale}"
+        return reproduce_command(self.study.name, self.scale)
 
     def of_setting(self, values: Values, stage: Stage) -> list[StudyPoint]:
         """A setting's points of a stage, judged ones of the look's seeds only."""
@@ -140,23 +139,23 @@ def arm_setting(design: Design, name: str, form: Form) -> Values:
     if name not in design.arms:
         raise InputError(Problem("arms", f'no arm "{name}"' + nearest(name, list(design.arms))))
     wanted = design.arms[name]
-    settings = list({setting_key(point): _without_seed(point) for point in expand(design)}.values())
+    settings = settings_of(design)
     fitting = [one for one in settings if fits(one, wanted)]
     found = [one for one in fitting if is_tuned(one) == (form == "tuned")]
     if not found and form == "tuned":
         found = [one for one in fitting if one.get("method") == "base"]
     if len(found) == 1:
         return found[0]
-    where, asked = f"arms.{name}", _told(wanted) or "an arm without values"
+    where, asked = f"arms.{name}", told_values(wanted) or "an arm without values"
     if found:
         keys = [key for key in found[0] if len({repr(one.get(key)) for one in found}) > 1]
-        told = "; ".join(_told({key: one.get(key) for key in keys}) for one in found)
+        told = "; ".join(told_values({key: one.get(key) for key in keys}) for one in found)
         raise InputError(Problem(where, f"{asked} picks {len(found)} settings ({told}); an arm is one"))
     if fitting:
         rate = f"{RATE}: tuned" if form == "tuned" else f"a fixed {RATE}"
         raise InputError(Problem(where, f"the form {form} needs a setting with {rate}; {asked} has none"))
     closest = max(settings, key=lambda one: sum(fits(one, {key: value}) for key, value in wanted.items()))
-    told = _told({key: closest.get(key, "(absent)") for key in wanted})
+    told = told_values({key: closest.get(key, "(absent)") for key in wanted})
     raise InputError(Problem(where, f"no setting of the grids has {asked}; the nearest has {told}"))
 
 
@@ -211,11 +210,3 @@ def not_pairing(arms: Sequence[ArmRuns]) -> list[str]:
 def completed(arm: ArmRuns) -> list[ArmRun]:
     """Those of its runs that can be used."""
     return [run for run in arm.runs if run.why_unusable() is None]
-
-
-def _without_seed(values: Values) -> Values:
-    return {key: value for key, value in values.items() if key != SEED}
-
-
-def _told(values: Values) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lora_lab.schema.claims import Conjunction, Form, Scale
+from lora_lab.study.draft import Draft
 from lora_lab.study.verdict import Decision, Verdict, word
 
 
@@ -32,28 +33,14 @@ def _of_form(claim: Conjunction, scale: Scale, form: Form | None, parts: Mapping
     remedy = "; ".join(
         f"{one.claim}: {one.would_decide}" for one in known if one.would_decide and one.decision != "holds"
     )
-    return Verdict(
-        claim=claim.id,
-        form=form,
-        scale=scale,
+    draft = Draft(
         decision=decision,
-        word=said,
-        sentence=f"{said[0].upper()}{said[1:]}: all of its parts must hold ({told}).",
-        metric=None,
-        unit=None,
-        estimate=None,
-        confidence=None,
-        value=None,
-        interval_low=None,
-        interval_high=None,
-        low=None,
-        high=None,
-        arms=(),
-        contrasts=(),
         reasons=reasons,
         notes=tuple(dict.fromkeys(note for one in known for note in one.notes)),
         would_decide=None if decision in ("holds", "fails") else remedy or None,
     )
+    sentence = f"{said[0].upper()}{said[1:]}: all of its parts must hold ({told})."
+    return draft.verdict(claim.id, form, scale, word=said, sentence=sentence)
 
 
 def with_forms(found: Sequence[Verdict]) -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lab.schema.claims import Form, Scale
 from lora_lab.study.decisions import Ruling
 from lora_lab.study.estimate import Estimate
-from lora_lab.study.verdict import ArmScore, Contrast, Decision, lies_inside
+from lora_lab.study.verdict import ArmScore, Contrast, Decision, Verdict, lies_inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,11 @@ class Draft:
         """Not decided, for these reasons; the numbers stay."""
         unique = tuple(dict.fromkeys(reasons))
         return self.changed(decision=decision, reasons=unique, would_decide=would_decide)
+
+    def verdict(self, claim: str, form: Form | None, scale: Scale, *, word: str, sentence: str = "") -> Verdict:
+        """The verdict, with its word; a sentence that is made from the verdict comes later (`Verdict.saying`)."""
+        fields = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "run_ids"}
+        return Verdict(claim=claim, form=form, scale=scale, word=word, sentence=sentence, **fields)
 
     def with_arms(self, arms: Sequence[ArmScore]) -> Draft:
         """With the scores of its arms."""

@@ -20,7 +20,6 @@ from lora_lab.schema.claims import (
     NotRunnable,
     Ratio,
     Scale,
-    is_deterministic,
     needs_runs,
 )
 from lora_lab.schema.study import Study
@@ -29,7 +28,7 @@ from lora_lab.study.conjunction import judge_conjunction
 from lora_lab.study.draft import Draft
 from lora_lab.study.judge_costs import judge_exact, judge_ratio
 from lora_lab.study.judge_scored import judge_scored
-from lora_lab.study.verdict import Verdict, word
+from lora_lab.study.verdict import Verdict, word_of
 from lora_lab.study.verdict_words import place, sentence_of
 
 _INTERVALS = ("superiority", "equality", "monotone", "best_of", "ratio")
@@ -122,28 +121,9 @@ def _verdict(evidence: Evidence, claim: Claim, form: Form | None, claims: Sequen
     draft = _draft(evidence, claim, form, family_size(claim, claims))
     records = [evidence.records[run_id] for run_id in draft.run_ids if run_id in evidence.records]
     early = _ended_before(evidence, draft.run_ids)
-    verdict = Verdict(
-        claim=claim.id,
-        form=form,
-        scale=evidence.scale,
-        decision=draft.decision,
-        word=word(draft.decision, firm=evidence.scale == "published" or is_deterministic(claim)),
-        sentence="",
-        metric=draft.metric,
-        unit=draft.unit,
-        estimate=draft.estimate,
-        confidence=draft.confidence,
-        value=draft.value,
-        interval_low=draft.interval_low,
-        interval_high=draft.interval_high,
-        low=draft.low,
-        high=draft.high,
-        arms=draft.arms,
-        contrasts=draft.contrasts,
-        reasons=draft.reasons,
-        notes=(*draft.notes, *early),
-        would_decide=draft.would_decide,
-    )
+    said = word_of(draft.decision, claim, evidence.scale)
+    with_early = draft.changed(notes=(*draft.notes, *early))
+    verdict = with_early.verdict(claim.id, form, evidence.scale, word=said)
     return verdict.saying(sentence_of(verdict, claim, place(records, evidence.design), early))
 
 

@@ -14,7 +14,7 @@ from datetime import datetime
 from lora_lab.plan import stages
 from lora_lab.plan.stages import fits, setting_key
 from lora_lab.record.cohort_facts import is_alone
-from lora_lab.schema.claims import Exact, Form, Ratio, Scale
+from lora_lab.schema.claims import Exact, Form, Ratio
 from lora_lab.schema.formula import Term
 from lora_lab.study.arms import ArmRun, ArmRuns, Evidence, arm_runs, arm_setting, not_pairing
 from lora_lab.study.cost import comparable_runs, is_time
@@ -224,13 +224,8 @@ def term_value(evidence: Evidence, claim: Exact, term: Term) -> tuple[float, tup
     return values[0], arm.run_ids
 
 
-def planned_scale(evidence: Evidence, claim: Exact) -> Scale:
-    """The scale whose design a claim's planned quantities belong to: the published one, where the study has it."""
-    return "published" if evidence.study.published is not None and "published" in claim.scales else evidence.scale
-
-
 def _planned(evidence: Evidence, claim: Exact, name: str, arm: str) -> tuple[float, tuple[str, ...]]:
-    design = evidence.study.design(planned_scale(evidence, claim))
+    design = evidence.study.design(evidence.study.planned_scale(claim))
     values = stages.arm_setting(design, arm, where="claims")
     ids = [one.run_id for one in evidence.of_setting(values, "planned")]
     facts = next((evidence.planned[run_id] for run_id in ids if run_id in evidence.planned), None)

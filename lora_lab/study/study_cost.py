@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable
+from pathlib import Path
 
 from lora_lab.plan.stages import SettingKey, judged_points, setting_key, timing_points, tuning_points
+from lora_lab.record.ledger import Ledger
 from lora_lab.record.result import Result
+from lora_lab.record.study_folder import study_folder
+from lora_lab.record.study_points import read_points
 from lora_lab.schema.design import Design
 
 
@@ -19,6 +23,17 @@ def count_runs(design: Design) -> int:
         for one in points
     }
     return len(distinct) + design.baseline
+
+
+def results_of(root: Path, folder_name: str) -> list[Result]:
+    """The results of a study's runs, those of tuning and for the clock with them, as far as the ledger has them.
+
+    Raises:
+        DataError: the list of its points is damaged.
+    """
+    points = read_points(study_folder(root, folder_name))
+    wanted = {point.run_id for point in points if point.stage != "planned"}
+    return [one.result for one in Ledger(root).runs() if one.run_id in wanted and one.result is not None]
 
 
 def busy_seconds(results: Iterable[Result]) -> float:

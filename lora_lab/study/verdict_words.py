@@ -116,7 +116,7 @@ def _difference(estimate: Estimate, verdict: Verdict, claim: Claim) -> str:
             f"{verdict.metric} of {claim.best} is {size} {unit} {direction} that of {rival}, the closest of the others"
         )
     if isinstance(claim, (Superiority, Equality)):
-        return f"{verdict.metric} of {_mean(claim.arm)} is {size} {unit} {direction} that of {_mean(claim.against)}"
+        return f"{verdict.metric} of {mean_of(claim.arm)} is {size} {unit} {direction} that of {mean_of(claim.against)}"
     raise TypeError(f"no difference of a {claim.rule} claim")
 
 
@@ -126,7 +126,8 @@ def closest_rival(verdict: Verdict, claim: BestOf) -> str:
     return name.removeprefix(f"{claim.best} - ")
 
 
-def _mean(arms: Sequence[str]) -> str:
+def mean_of(arms: Sequence[str]) -> str:
+    """One side of a comparison: an arm, or the mean of several."""
     return arms[0] if len(arms) == 1 else f"the mean of {', '.join(arms)}"
 
 
