@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_lab.app.before_loading import check_before_loading
 from lora_lab.app.own_flags import OwnFlags
 from lora_lab.app.planning import Plan, cache_folder
 from lora_lab.app.report_command import draw_page
-from lora_lab.errors import InputError, Problem
 from lora_lab.record.ledger import Ledger, run_id_of
 from lora_lab.record.repeats import with_repeats
 from lora_lab.record.result import Status
@@ -40,16 +40,12 @@ def carry_out(plan: Plan, *, command: str, own: OwnFlags) -> int:
 
 
 def _run(plan: Plan, tracker: WandbTracker, *, as_json: bool) -> int:
-    from lora_lab.app.memory_check import refuse_what_does_not_fit
     from lora_lab.launch.local import run_jobs  # torch from here on: `plan` above does without
     from lora_lab.report.progress import Progress
 
     cache = cache_folder(plan.lab)
     ledger = Ledger(Path(plan.lab.root))
-    _check_before_loading(plan, ledger)
-    refuse_what_does_not_fit(plan)
-    for note in plan.notes:
-        print(note, file=sys.stderr)
+    check_before_loading(plan)
     folder = _begin(plan)
     page = None if folder is None else Redraw(functools.partial(draw_page, ledger, plan.study))
     with Progress() as progress:
@@ -77,23 +73,6 @@ def _run(plan: Plan, tracker: WandbTracker, *, as_json: bool) -> int:
     if tally.left_out:
         print(f"fail_fast: {tally.left_out} runs left out; the same command runs them", file=sys.stderr)
     return _exit_code(records, plan.lab.launch.stopping, expected=len(plan.jobs))
-
-
-def _check_before_loading(plan: Plan, ledger: Ledger) -> None:
-    """What only a run needs, and can be known before the first weight is read.
-
-    Raises:
-        InputError: a newer lab has written a run that is asked for.
-        MachineError: a device is not there, or the disk refuses.
-    """
-    from lora_lab.launch.device import choose_devices
-
-    records = [record for job in plan.jobs if (record := ledger.find(job.fingerprint, job.repeat)) is not None]
-    newer = [Problem("", str(record.problem)) for record in records if record.state == "NEWER"]
-    if newer:
-        raise InputError(newer)
-    choose_devices(plan.lab.launch.device)
-    ledger.prepare()
 
 
 def _begin(plan: Plan) -> Path | None:

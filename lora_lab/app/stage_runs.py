@@ -10,7 +10,6 @@ from pathlib import Path
 from lora_lab.app.planning import Plan, cache_folder
 from lora_lab.app.report_command import draw_page
 from lora_lab.app.study_call import StagePlan
-from lora_lab.errors import InputError, Problem
 from lora_lab.plan.job import Job
 from lora_lab.record.ledger import Ledger
 from lora_lab.record.watcher import Watcher, Watchers
@@ -28,27 +27,6 @@ class WithoutBegin:
 
     def begin(self, total_runs: int) -> None:
         """The whole stage has begun before."""
-
-
-def check_stage(plan: Plan) -> None:
-    """What only a run needs, and can be known before the first weight is read.
-
-    Raises:
-        InputError: runs that a newer lab has written, or that are predicted not to fit.
-        MachineError: a device is not there, or the disk refuses.
-    """
-    from lora_lab.app.memory_check import refuse_what_does_not_fit
-    from lora_lab.launch.device import choose_devices
-
-    ledger = Ledger(Path(plan.lab.root))
-    records = [record for job in plan.jobs if (record := ledger.find(job.fingerprint, job.repeat)) is not None]
-    if newer := [Problem("", str(record.problem)) for record in records if record.state == "NEWER"]:
-        raise InputError(newer)
-    choose_devices(plan.lab.launch.device)
-    ledger.prepare()
-    refuse_what_does_not_fit(plan)
-    for note in plan.notes:
-        print(note, file=sys.stderr)
 
 
 def run_stage(stage: StagePlan, tracker: Watcher, *, study: Study | None, one_by_one: bool) -> bool:

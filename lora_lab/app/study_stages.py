@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_lab.app.before_loading import check_before_loading
 from lora_lab.app.claim_checks import metrics_of
 from lora_lab.app.picked_rates import picks_of, told
 from lora_lab.app.planned_stage import planned_stage
@@ -126,14 +127,15 @@ def run_stages(call: StudyCall, *, seeds: Sequence[int] = ()) -> tuple[Stages, b
     The study is registered once nothing is found wrong with it, before its first run.
 
     Raises:
-        InputError: as `plan_stages`; the study has changed since it was registered. MachineError: see `check_stage`.
+        InputError: as `plan_stages`; the study has changed since it was registered. MachineError: as
+            `check_before_loading`.
     """
-    from lora_lab.app.stage_runs import check_stage, run_stage
+    from lora_lab.app.stage_runs import run_stage
 
     stages = plan_stages(call, seeds=seeds)
     planned, facts = planned_stage(call)
     for one in stages.plans:
-        check_stage(one.plan)
+        check_before_loading(one.plan)
     folder = folder_of(call)
     registration = register(folder, call.study, call.scale)
     begin_look(folder, registration.digest, call.scale, seeds)

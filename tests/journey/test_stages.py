@@ -347,13 +347,13 @@ def test_a_parent_that_goes_away_fails_the_run(copy: Lab, monkeypatch: pytest.Mo
     from lora_lab.app import execution
 
     parent = of_method(copy, "lora")
-    check = execution._check_before_loading
+    check = execution.check_before_loading
 
     def gone(*arguments: Any) -> None:
         check(*arguments)
         shutil.rmtree(parent.folder)
 
-    monkeypatch.setattr(execution, "_check_before_loading", gone)
+    monkeypatch.setattr(execution, "check_before_loading", gone)
     answer = copy.run(*settings("lora"), f"init_from={parent.run_id}", f"init_as={init_as}")
     assert answer.code == 3
     child = max(copy.runs(), key=lambda record: record.header.claimed_at if record.header else "")
